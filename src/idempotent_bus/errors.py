@@ -1,0 +1,93 @@
+"""Every error of the library, on one screen. An error's docstring says what it means and what to do.
+
+Messages never carry a biz-id or a credential in clear; driver errors are chained (`__cause__`).
+"""
+
+from __future__ import annotations
+
+
+class IdempotentBusError(Exception):
+    """The base of all errors that this library raises."""
+
+
+class ConfigurationError(IdempotentBusError):
+    """The library was set up in a way that could not keep its promise; the text says what to change."""
+
+
+# --- identities -------------------------------------------------------------------------------------
+
+
+class InvalidMessage(IdempotentBusError):
+    """A message cannot be handled safely: it goes to the dead letter with this reason and is never run."""
+
+
+class InvalidBizId(InvalidMessage):
+    """The biz-id is missing, empty, too long, of a wrong type or has control characters."""
+
+
+class InvalidBody(InvalidMessage):
+    """The body cannot be decoded, or no fingerprint can be made of it."""
+
+
+class InvalidScope(ConfigurationError):
+    """A scope must be a non-empty text of at most 200 bytes without control characters."""
+
+
+# --- stores -----------------------------------------------------------------------------------------
+
+
+class StoreError(IdempotentBusError):
+    """A dedup store could not do what it was asked."""
+
+
+class StoreUnavailable(StoreError):
+    """The store is down, full, slow, or its reply was lost: the outcome is unknown, so nothing is run or acked.
+
+    Every store operation may be repeated with the same arguments to learn the outcome.
+    """
+
+
+class LeaseLost(StoreError):
+    """Another claim took over while the handler ran: its completion was refused, the message is not acked."""
+
+
+# --- publishing -------------------------------------------------------------------------------------
+
+
+class PublishError(IdempotentBusError):
+    """A publish did not end as `landed` or `duplicate`.
+
+    `inner_msg_id` is the id of the message; publish again with `inner_msg_id=error.inner_msg_id` to resend
+    the very same message, which lands once however often it is sent.
+    """
+
+    def __init__(self, text: str, inner_msg_id: str = "") -> None:
+        super().__init__(text)
+        self.inner_msg_id = inner_msg_id
+
+
+class Unroutable(PublishError):
+    """No queue is bound for this exchange and routing key: nothing was stored. Declare the queue first."""
+
+
+class Rejected(PublishError):
+    """The broker refused the message (nack: queue full, reject-publish, no space): nothing is promised as stored."""
+
+
+class PublishUnknown(PublishError):
+    """The confirm did not come within the retry policy: the message may or may not have landed. Resend the same id."""
+
+
+# --- handlers ---------------------------------------------------------------------------------------
+
+
+class Permanent(IdempotentBusError):
+    """Raise this from a handler (or chain from it) when a rerun cannot help: the message is dead-lettered at once."""
+
+
+class HandlerAcknowledged(IdempotentBusError):
+    """A guarded handler called ack, reject or requeue itself. Remove that call: the library acks after success."""
+
+
+class NoExecution(IdempotentBusError):
+    """`current_execution()` was called outside a guarded handler."""

@@ -1,0 +1,24 @@
+"""The names that travel with a message. Changing one breaks what is already queued."""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: The bus's own id of one logical publish: the same on every resend, unknown to business code.
+INNER_MSG_ID: Final = "inner-msg-id"
+
+#: How often a person moved the message back from the dead letter; a larger number starts the attempts afresh.
+REDRIVE: Final = "idempotent-bus-redrive"
+
+#: Why a message is in the dead letter: one of the words of `model.Reason`.
+DEAD_REASON: Final = "idempotent-bus-dead-reason"
+#: The last line of the traceback, or the text of the refusal; never a biz-id.
+DEAD_ERROR: Final = "idempotent-bus-dead-error"
+#: How many attempts were counted before the message was given up.
+DEAD_ATTEMPTS: Final = "idempotent-bus-dead-attempts"
+#: The scope of the consumer that gave the message up.
+DEAD_SCOPE: Final = "idempotent-bus-dead-scope"
+#: When, in whole seconds since the epoch, by the consumer's clock (for people; nothing is decided by it).
+DEAD_AT: Final = "idempotent-bus-dead-at"
+#: The queue that the message was consumed from; a redrive moves it back there.
+ORIGIN_QUEUE: Final = "idempotent-bus-origin-queue"

@@ -1,0 +1,37 @@
+"""Named steps: every outside step of the library goes through one function that a test can replace.
+
+A step function takes the step's name, then the callable and its arguments, and returns what the callable
+returns. The default calls straight through. A fault injector may raise before the call (crash before), after it
+(crash after, reply lost), or instead of it (error).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, Protocol, TypeVar
+
+T = TypeVar("T")
+
+#: Every step's name, in the order of a message's life. Fault injection goes through all of them.
+PUBLISH: Final = "publish"
+CLAIM: Final = "claim"
+HANDLER: Final = "handler"
+RENEW: Final = "renew"
+COMPLETE: Final = "complete"
+RELEASE: Final = "release"
+DEAD_LETTER: Final = "dead_letter"
+WAIT: Final = "wait"
+ACK: Final = "ack"
+COMMIT: Final = "commit"
+STEPS: Final = (PUBLISH, CLAIM, HANDLER, RENEW, COMPLETE, RELEASE, DEAD_LETTER, WAIT, ACK, COMMIT)
+
+
+class Step(Protocol):
+    """Performs one named outside step."""
+
+    def __call__(self, name: str, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T: ...
+
+
+def direct(name: str, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+    """The step that is used outside tests: call the function."""
+    return function(*args, **kwargs)

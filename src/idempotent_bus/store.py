@@ -1,0 +1,104 @@
+"""The Store contract: what a dedup store must do, in prose and types. `tests/contract` holds every store to it.
+
+A store keeps one record per key. It is right if, and only if:
+
+* `claim` is one atomic step: of any number of racers, in any number of processes, exactly one gets `Claimed`.
+* Every `Claimed.token` is larger than every token its key had before, even if the record was forgotten between.
+* `renew`, `complete` and `release` compare key, token *and* nonce inside their atomic step.
+* Time is the store's own clock, read inside the atomic step; nothing a caller says about the time is used.
+* Repeating any call with the same arguments is safe and tells the outcome of the first (a reply may get lost):
+  `claim` with a nonce that already holds the record returns the same token and attempt and renews the lease;
+  `complete` and `release` that already happened by the same hold return True again.
+* When in doubt it raises `StoreUnavailable`, with the driver's error chained. It never guesses.
+
+The claim's rules, in this order, on the record of the key (a record past its retention counts as absent):
+
+1. absent: insert `RESERVED` if `reserve` else `IN_PROGRESS`, a new token, attempts 0 or 1 -> `Claimed`.
+2. held (reserved or in progress) by the same nonce: renew the lease -> the same `Claimed` again (a reservation
+   stays a reservation: no attempt is counted).
+3. fingerprints differ (both given) and the record is not released -> `Conflict`.
+4. completed -> `Completed` with the stored result. Completed is final: nothing but its retention ends it.
+5. held by another nonce, lease not lapsed -> `Busy`; costs no attempt and changes nothing.
+6. released, or held with a lapsed lease: take it over with a new token, this nonce and this fingerprint;
+   attempts start at 0 if `redrive` is larger than the record's; then, unless `reserve`, attempts + 1
+   -> `Claimed`, with `taken_over` if it was IN_PROGRESS (not released, not merely reserved).
+
+A claim's `attempt` is the record's attempts, plus one for a reservation. The redrive number of a record only
+grows. A claim sets the retention to at least lease + retention from now, so that no live record is forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from .model import ClaimOutcome, ClaimRequest, Hold, Record
+
+__all__ = ["BatchStore", "LookupStore", "PurgeStore", "Store"]
+
+
+class Store(Protocol):
+    """Four verbs and a close. Every method is safe to call from several threads at once.
+
+    All durations are seconds. Every method raises `StoreUnavailable` when its outcome is unknown.
+    """
+
+    def claim(self, request: ClaimRequest, /) -> ClaimOutcome:
+        """Ask for the right to run. See the rules in this module's docstring."""
+        ...
+
+    def renew(self, hold: Hold, /, *, lease: float, retention: float) -> bool:
+        """Let the lease end `lease` seconds from now. False: ownership was lost; stop, another one may be running.
+
+        A lapsed lease that nobody took over is renewed all the same.
+        """
+        ...
+
+    def complete(self, hold: Hold, /, *, result: bytes | None, retention: float) -> bool:
+        """Make the record completed, for `retention` seconds from now. True only when that is durable.
+
+        A late completion succeeds if nobody took over, and fails (False) if somebody did.
+        """
+        ...
+
+    def release(self, hold: Hold, /, *, attempts: int, retention: float) -> bool:
+        """Give the claim back, with `attempts` as the number counted so far. False: ownership was lost before.
+
+        A handler that raised: the claim's attempt. One that never started: the claim's attempt - 1.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of connections. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class BatchStore(Protocol):
+    """A store that does many in one round trip. Each entry stands alone: no entry's failure touches another."""
+
+    def claim_many(self, requests: Sequence[ClaimRequest], /) -> list[ClaimOutcome]:
+        """As `claim`, one outcome per request in their order. The keys must differ."""
+        ...
+
+    def renew_many(self, holds: Sequence[Hold], /, *, lease: float, retention: float) -> list[bool]:
+        """As `renew`, one answer per hold in their order."""
+        ...
+
+
+@runtime_checkable
+class LookupStore(Protocol):
+    """A store that can show a record."""
+
+    def lookup(self, key: bytes, /) -> Record | None:
+        """The record, or None if there is none or its retention is over. Decides nothing: it may be stale at once."""
+        ...
+
+
+@runtime_checkable
+class PurgeStore(Protocol):
+    """A store whose records do not vanish by themselves."""
+
+    def purge(self, *, limit: int = 1000) -> int:
+        """Delete at most `limit` records whose retention is over; returns how many. Call until it returns 0."""
+        ...

@@ -1,0 +1,82 @@
+"""Dedup stores, and the one function that opens any of them by URL.
+
+A third party adds a store through the entry point group `idempotent_bus.stores`: the entry's name is a URL scheme,
+its value a function `(url: str, **options) -> Store`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+from ..errors import ConfigurationError
+from ..store import Store
+
+__all__ = ["StoreSource", "open_store", "store_source"]
+
+#: What a user may give where a store is wanted.
+StoreSource = Store | str | Callable[[], Store]
+
+_GROUP = "idempotent_bus.stores"
+# Which extra brings the driver of a scheme; for the error text only.
+_EXTRAS = {
+    "sqlite": "sql",
+    "postgresql": "postgresql",
+    "mysql": "mysql",
+    "mariadb": "mysql",
+}
+
+
+def open_store(url: str, **options: Any) -> Store:
+    """Open the dedup store that `url` names, for example `sqlite:///dedup.db` or `redis://localhost:6379/0`.
+
+    The scheme up to a `+` chooses the store (`postgresql+psycopg://...` is `postgresql`); options go to it.
+    Nothing is connected before the first use.
+
+    Raises ConfigurationError for an unknown scheme or a missing driver, with what to install.
+    """
+    match = re.match(r"([A-Za-z][A-Za-z0-9.-]*)(\+[^:]*)?:", url)
+    if not match:
+        raise ConfigurationError("not a store URL: it must begin with a scheme, such as sqlite:///dedup.db")
+    scheme = match.group(1).lower()
+    known = {entry.name: entry for entry in entry_points(group=_GROUP)}
+    if scheme not in known:
+        raise ConfigurationError(f"no dedup store for the scheme {scheme!r}; there are: {', '.join(sorted(known))}")
+    try:
+        opener: Callable[..., Store] = known[scheme].load()
+        return opener(url, **options)
+    except ImportError as error:
+        extra = _EXTRAS.get(scheme)
+        hint = f"pip install 'idempotent-bus[{extra}]'" if extra else f"install the package {error.name!r}"
+        raise ConfigurationError(f"the store {scheme!r} needs a package that is not installed: {hint}") from error
+
+
+def store_source(store: StoreSource) -> Callable[[], Store]:
+    """A function that gives the store: opened at its first call, and once per process.
+
+    A process that was forked opens its own: connections must not be shared across a fork. A Store that was
+    passed in as an object is used as it is.
+    """
+    if not isinstance(store, str) and not callable(store):
+        return lambda: store
+    opener: Callable[[], Store] = (lambda: open_store(store)) if isinstance(store, str) else store
+    lock = threading.Lock()
+    opened: dict[int, Store] = {}
+
+    def get() -> Store:
+        pid = os.getpid()
+        found = opened.get(pid)
+        if found is None:
+            with lock:
+                found = opened.get(pid)
+                if found is None:
+                    found = opener()
+                    opened.clear()  # a parent's store must be neither used nor closed here
+                    opened[pid] = found
+        return found
+
+    return get

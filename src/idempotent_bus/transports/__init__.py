@@ -1,0 +1,29 @@
+"""kombu transports of ours, and what the rest of the library may ask of their channels.
+
+A channel of ours (`idempotent_edge` is True) does three things that kombu's own do not:
+
+* `basic_publish(...)` returns a `model.Landing`: LANDED, or DUPLICATE if every queue that it was routed to had a
+  message with this `inner-msg-id` within the window; and raises `errors.Unroutable` if `mandatory` is set and no
+  queue is bound. Land first, then mark, or both in one atomic step.
+* fetching and registering as unacked is one atomic step; an unacked message whose consumer died comes back after
+  the visibility timeout, to the queue that it came from, as one copy; a live consumer's messages do not.
+* `basic_delay(delivery_tag, delay)`: one atomic step that settles the delivery and makes the message come back to
+  the queue that it came from no sooner than `delay` seconds from now, kept by the broker.
+
+`register()` names them in kombu's table, as strings, so that a driver is imported only when a URL asks for it.
+"""
+
+from __future__ import annotations
+
+from kombu.transport import TRANSPORT_ALIASES
+
+__all__ = ["register"]
+
+_ALIASES = {
+    "idempotent-sqla": "idempotent_bus.transports.sql:Transport",
+}
+
+
+def register() -> None:
+    """Make our URL schemes known to kombu. Idempotent."""
+    TRANSPORT_ALIASES.update(_ALIASES)

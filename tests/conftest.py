@@ -1,0 +1,24 @@
+"""Fixtures that every kind of test may use, and the line that says what was left out."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import servers
+
+
+@pytest.fixture
+def unique() -> str:
+    """A name that no other test has: for queues, scopes and table prefixes."""
+    return f"t{uuid.uuid4().hex[:12]}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if servers.left_out:
+        terminalreporter.write_line(f"left out or stood in for: {', '.join(sorted(servers.left_out))}")
