@@ -16,9 +16,7 @@ import pytest
 
 REDIS = os.environ.get("IDEMPOTENT_BUS_TEST_REDIS", "redis://127.0.0.1:6379/9")
 RABBITMQ = os.environ.get("IDEMPOTENT_BUS_TEST_RABBITMQ", "amqp://guest:guest@127.0.0.1:5672//")
-POSTGRESQL = os.environ.get(
-    "IDEMPOTENT_BUS_TEST_POSTGRESQL", "postgresql+psycopg://postgres@127.0.0.1:5432/test"
-)
+POSTGRESQL = os.environ.get("IDEMPOTENT_BUS_TEST_POSTGRESQL", "postgresql+psycopg://postgres@127.0.0.1:5432/test")
 MARIADB = os.environ.get("IDEMPOTENT_BUS_TEST_MARIADB", "mysql+pymysql://root@127.0.0.1:3306/test")
 
 IN_CI = bool(os.environ.get("CI"))

@@ -75,9 +75,7 @@ class MemoryStore:
             taken_over=entry.state is State.IN_PROGRESS,
         )
 
-    def _take(
-        self, request: ClaimRequest, now: float, *, attempts: int, redrive: int, taken_over: bool
-    ) -> Claimed:
+    def _take(self, request: ClaimRequest, now: float, *, attempts: int, redrive: int, taken_over: bool) -> Claimed:
         entry = _Entry(
             state=State.RESERVED if request.reserve else State.IN_PROGRESS,
             token=next(self._tokens),
