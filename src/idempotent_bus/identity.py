@@ -1,0 +1,175 @@
+"""Who a message is: the scope, the biz-id and its canonical text, the record's key, the body's fingerprint.
+
+The key is a hash over an injective encoding, so distinct identities never share a record (I10): `"a"` and `"a "`,
+`("a", "b:c")` and `("a:b", "c")`, NFC and NFD forms all differ. Nothing is trimmed, folded or normalised: a biz-id
+is opaque to the bus.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import json
+import unicodedata
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any, Final
+
+from .errors import InvalidBizId, InvalidBody, InvalidScope
+from .model import FINGERPRINT_BYTES, KEY_BYTES
+
+__all__ = ["INNER_MSG_ID", "BizIdSpec", "FingerprintSpec", "canonical_biz_id", "check_scope", "extract_biz_id"]
+__all__ += ["fingerprint", "record_key"]
+
+MAX_BIZ_ID_BYTES: Final = 512
+MAX_SCOPE_BYTES: Final = 200
+
+#: Part of every key: a change of the encoding changes it, so that old and new records never mix.
+_KEY_VERSION: Final = b"idempotent-bus/1"
+_FINGERPRINT_VERSION: Final = b"idempotent-bus/f"
+
+
+class _InnerMsgId:
+    def __repr__(self) -> str:
+        return "INNER_MSG_ID"
+
+
+#: Give this as `biz_id` where the business has no id of its own: the bus's own id then decides what is a duplicate.
+INNER_MSG_ID: Final = _InnerMsgId()
+
+#: A path into the body (`"payment_id"`, `"order.id"`), a function of the body, or INNER_MSG_ID.
+BizIdSpec = str | Callable[[Any], Any] | _InnerMsgId
+
+#: True: the whole body; a sequence of names: those top-level fields only; False: off.
+FingerprintSpec = bool | Sequence[str]
+
+
+def check_scope(scope: object) -> str:
+    """The scope, if it can be one. Raises InvalidScope."""
+    if not isinstance(scope, str) or not scope:
+        raise InvalidScope("scope must be a non-empty text that names the business scenario, such as 'cards.issue'")
+    encoded = _utf8(scope)
+    if encoded is None or len(encoded) > MAX_SCOPE_BYTES or _has_control(scope):
+        raise InvalidScope(f"scope must be at most {MAX_SCOPE_BYTES} bytes of UTF-8 without control characters")
+    return scope
+
+
+def canonical_biz_id(value: object) -> str:
+    """The canonical text of a biz-id: a text as it is, an int or a UUID as its usual text.
+
+    Producers differ in how they write the same id, hence int and UUID. Everything else (bool, float, None, empty,
+    over 512 bytes of UTF-8, control characters, lone surrogates) raises InvalidBizId, without the value in its text.
+    """
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, int) and not isinstance(value, bool):
+        if value.bit_length() > MAX_BIZ_ID_BYTES * 4:  # also keeps clear of Python's limit on int to text
+            raise InvalidBizId(f"the biz-id is longer than {MAX_BIZ_ID_BYTES} bytes")
+        text = str(value)
+    elif isinstance(value, uuid.UUID):
+        text = str(value)
+    else:
+        raise InvalidBizId(f"the biz-id is of type {type(value).__name__}: it must be a text, an int or a UUID")
+    if not text:
+        raise InvalidBizId("the biz-id is empty")
+    if text.isascii():
+        if len(text) > MAX_BIZ_ID_BYTES:
+            raise InvalidBizId(f"the biz-id is longer than {MAX_BIZ_ID_BYTES} bytes")
+        if not text.isprintable():
+            raise InvalidBizId("the biz-id has control characters")
+        return text
+    encoded = _utf8(text)
+    if encoded is None:
+        raise InvalidBizId("the biz-id has a lone surrogate, which is not text")
+    if len(encoded) > MAX_BIZ_ID_BYTES:
+        raise InvalidBizId(f"the biz-id is longer than {MAX_BIZ_ID_BYTES} bytes")
+    if _has_control(text):
+        raise InvalidBizId("the biz-id has control characters")
+    return text
+
+
+def extract_biz_id(spec: str | Callable[[Any], Any], body: Any) -> str:
+    """The canonical biz-id of a body, by a path or a callable. Raises InvalidBizId, never anything else."""
+    if isinstance(spec, str):
+        value = body
+        for name in spec.split("."):
+            if not isinstance(value, Mapping):
+                raise InvalidBizId(f"no biz-id at {spec!r}: the body has no mapping where {name!r} is looked up")
+            if name not in value:
+                raise InvalidBizId(f"no biz-id at {spec!r}: {name!r} is missing")
+            value = value[name]
+    else:
+        try:
+            value = spec(body)
+        except Exception as error:  # noqa: BLE001 - a user's function may raise anything on a strange body
+            raise InvalidBizId(f"the biz_id function raised {type(error).__name__} on this body") from error
+    return canonical_biz_id(value)
+
+
+def record_key(scope: str, biz_id: str, *, tenant: str = "") -> bytes:
+    """The key of a record: KEY_BYTES bytes, the same in every version of the library that reads this encoding.
+
+    Each part is preceded by its length, which makes the encoding injective; the hash fixes the length, so that no
+    database's collation, padding or key limit can merge two identities.
+    """
+    digest = blake2b(digest_size=KEY_BYTES, person=_KEY_VERSION)
+    for part in (tenant, scope, biz_id):
+        encoded = part.encode()
+        digest.update(len(encoded).to_bytes(4, "big"))
+        digest.update(encoded)
+    return digest.digest()
+
+
+def fingerprint(body: Any, spec: FingerprintSpec = True) -> bytes | None:
+    """A digest of the body's meaning (FINGERPRINT_BYTES bytes), or None where it is switched off.
+
+    A JSON-like body counts by its canonical JSON, whatever the order of its keys; bytes and text count as they are.
+    Raises InvalidBody if the body is nested too deeply or a named field is missing.
+    """
+    if spec is False:
+        return None
+    if spec is not True:
+        if not isinstance(body, Mapping):
+            raise InvalidBody("the fingerprint names fields, but the body is not a mapping")
+        missing = [name for name in spec if name not in body]
+        if missing:
+            raise InvalidBody(f"the body lacks the fingerprint's field {missing[0]!r}")
+        body = {name: body[name] for name in spec}
+    if isinstance(body, (bytes, bytearray, memoryview)):
+        data = b"b" + bytes(body)
+    else:
+        try:
+            data = b"j" + _canonical(body).encode("utf-8", "surrogatepass")
+        except RecursionError as error:
+            raise InvalidBody("the body is nested too deeply") from error
+        except (TypeError, ValueError) as error:
+            raise InvalidBody(f"no fingerprint can be made of this body: {type(error).__name__}") from error
+    return blake2b(data, digest_size=FINGERPRINT_BYTES, person=_FINGERPRINT_VERSION).digest()
+
+
+def _plain(value: Any) -> Any:
+    # What kombu's JSON gives back beyond JSON's own types. A UUID counts as its text: other producers send it so.
+    if isinstance(value, (uuid.UUID, decimal.Decimal)):
+        return str(value)
+    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return {"__bytes__": bytes(value).hex()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=repr)
+    raise TypeError(type(value).__name__)
+
+
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain).encode
+
+
+def _utf8(text: str) -> bytes | None:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return None
+
+
+def _has_control(text: str) -> bool:
+    return any(unicodedata.category(character) == "Cc" for character in text)
