@@ -102,7 +102,7 @@ def extract_biz_id(spec: str | Callable[[Any], Any], body: Any) -> str:
     else:
         try:
             value = spec(body)
-        except Exception as error:  # noqa: BLE001 - a user's function may raise anything on a strange body
+        except Exception as error:  # a user's function may raise anything on a strange body
             raise InvalidBizId(f"the biz_id function raised {type(error).__name__} on this body") from error
     return canonical_biz_id(value)
 

@@ -26,8 +26,7 @@ class Backoff:
 
     def delay(self, attempt: int, draw: Callable[[], float] = random.random) -> float:
         """Seconds to wait after the attempt with this number (from 1). draw: gives a number from 0 to 1."""
-        ceiling = min(self.cap, self.base * 2 ** min(attempt - 1, 62))
-        return ceiling * draw()
+        return min(self.cap, self.base * 2.0 ** min(attempt - 1, 62)) * draw()
 
 
 @dataclass(frozen=True, slots=True)
