@@ -1,0 +1,38 @@
+"""Every store is held to the contract. Which capabilities apply is said in the table, not found out."""
+
+from __future__ import annotations
+
+import capabilities
+import pytest
+import suite
+from stores import STORES, WITHOUT
+
+
+def over(capability: str = "") -> pytest.MarkDecorator:
+    names = [name for name in STORES if name not in WITHOUT.get(capability, set())]
+    return pytest.mark.parametrize("contract_store", names, indirect=True)
+
+
+@over()
+class TestStore(suite.StoreContract):
+    """The four verbs."""
+
+
+@over("batch")
+class TestBatch(capabilities.BatchContract):
+    """claim_many and renew_many."""
+
+
+@over("lookup")
+class TestLookup(capabilities.LookupContract):
+    """lookup."""
+
+
+@over("purge")
+class TestPurge(capabilities.PurgeContract):
+    """purge."""
+
+
+@over("shared")
+class TestShared(capabilities.SharedContract):
+    """Other processes, and a server that is down."""
