@@ -1,0 +1,294 @@
+"""The upper half: one logical publish lands as one message, or the caller is told exactly what is not known."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from kombu import Connection, Exchange, Queue
+from typing_extensions import ParamSpec, Self
+
+from . import hooks
+from .errors import ConfigurationError, PublishUnknown
+from .headers import INNER_MSG_ID
+from .identity import BizIdSpec, extract_biz_id
+from .lanes import Lane, template_of
+from .model import Edge, Landing, Receipt
+from .msgid import is_inner_msg_id, new_inner_msg_id
+from .outgoing import Outgoing, prepare
+from .resend import NotConfirmed, ResendPolicy, Sends
+
+__all__ = ["IdempotentProducer", "ResendPolicy", "idempotent_producer"]
+
+P = ParamSpec("P")
+
+
+class IdempotentProducer:
+    """Publishes over a private connection, waits for the broker's confirm, resends the same inner-msg-id in doubt.
+
+    connection: a kombu Connection, a pool of connections or producers, or a URL; it is copied, and the copy is opened
+        at the first publish. Queues and exchanges that were declared on the given connection are known here.
+    exchange, routing_key, serializer, declare: defaults of `publish`.
+    biz_id: a path or a function; a body without a valid id there is refused (InvalidBizId) before it is sent.
+    confirm_timeout: seconds to wait for the confirm of one send.
+    retry: how often and how long the same message is sent again.
+    step: performs each send; for fault injection.
+
+    Safe for threads: one lock, so that publishes of several threads take turns, not during the pauses between
+    resends. Safe after a fork: the child opens a connection of its own.
+    """
+
+    def __init__(
+        self,
+        connection: Connection | str | Any,
+        *,
+        exchange: Exchange | str | None = None,
+        routing_key: str | None = None,
+        serializer: str | None = None,
+        biz_id: BizIdSpec | None = None,
+        declare: Iterable[Any] = (),
+        confirm_timeout: float = 5.0,
+        retry: ResendPolicy | None = None,
+        step: hooks.Step = hooks.direct,
+    ) -> None:
+        if confirm_timeout <= 0:
+            raise ConfigurationError("confirm_timeout must be more than 0 seconds: a publish is never left unconfirmed")
+        self._exchange = exchange
+        self._routing_key = routing_key
+        self._serializer = serializer
+        self._biz_id = biz_id
+        self._declare = tuple(declare)
+        self._policy = ResendPolicy() if retry is None else retry
+        self._step = step
+        self._lock = threading.Lock()
+        self._lane = Lane(connection, template_of(connection), timeout=confirm_timeout, clock=self._policy.clock)
+        _producers.add(self)
+
+    def publish(
+        self,
+        body: Any,
+        *,
+        exchange: Exchange | str | None = None,
+        routing_key: str | None = None,
+        headers: Mapping[str, Any] | None = None,
+        inner_msg_id: str | None = None,
+        declare: Iterable[Any] = (),
+        serializer: str | None = None,
+        content_type: str | None = None,
+        content_encoding: str | None = None,
+        compression: str | None = None,
+        priority: int | None = None,
+        expiration: float | None = None,
+        biz_id: BizIdSpec | None = None,
+        **properties: Any,
+    ) -> Receipt:
+        """Publish one message and return when the broker has it.
+
+        inner_msg_id: resends that very message (take it from a PublishError or a Receipt); without it the message
+            gets a fresh id. expiration: seconds. Other keywords are message properties. An Exchange object is
+            declared first, a name is not.
+
+        The receipt says `duplicate` only for an id that was given: a fresh one can only be met again by its own
+        resend, and then this publish did land. Raises Unroutable, Rejected or PublishUnknown, never more than is
+        known; InvalidBizId, InvalidBody or ConfigurationError before anything is sent.
+        """
+        outgoing = self._prepare(
+            body,
+            inner_msg_id=inner_msg_id,
+            exchange=exchange,
+            routing_key=routing_key,
+            headers=headers,
+            declare=declare,
+            serializer=serializer,
+            content_type=content_type,
+            content_encoding=content_encoding,
+            compression=compression,
+            priority=priority,
+            expiration=expiration,
+            biz_id=biz_id,
+            **properties,
+        )
+        return self._publish(outgoing, fresh=inner_msg_id is None)
+
+    def forward(
+        self,
+        body: bytes | str,
+        *,
+        queue: Queue,
+        headers: Mapping[str, Any],
+        content_type: str,
+        content_encoding: str,
+        **properties: Any,
+    ) -> Receipt:
+        """Send an existing message, body, headers and id untouched, to one queue, which is declared first.
+
+        Unlike `publish` it keeps the inner-msg-id that the headers bring, or that there is none. Returns and raises
+        as `publish` does; a duplicate means that this queue has the message already.
+        """
+        known = headers.get(INNER_MSG_ID)
+        outgoing = prepare(
+            body,
+            inner_msg_id=known,
+            exchange="",
+            routing_key=queue.name,
+            headers=headers,
+            declare=(queue,),
+            serializer=None,
+            content_type=content_type,
+            content_encoding=content_encoding,
+            compression=None,
+            priority=properties.pop("priority", None),
+            expiration=None,
+            properties=properties,
+        )
+        return self._publish(outgoing, fresh=False)
+
+    def close(self) -> None:
+        """Close the private connection. A later publish opens it again."""
+        with self._lock:
+            self._lane.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prepare(
+        self,
+        body: Any,
+        *,
+        inner_msg_id: str | None = None,
+        exchange: Exchange | str | None = None,
+        routing_key: str | None = None,
+        headers: Mapping[str, Any] | None = None,
+        declare: Iterable[Any] = (),
+        serializer: str | None = None,
+        content_type: str | None = None,
+        content_encoding: str | None = None,
+        compression: str | None = None,
+        priority: int | None = None,
+        expiration: float | None = None,
+        biz_id: BizIdSpec | None = None,
+        **properties: Any,
+    ) -> Outgoing:
+        spec = self._biz_id if biz_id is None else biz_id
+        if spec is not None and (isinstance(spec, str) or callable(spec)):  # else the inner-msg-id is the id
+            extract_biz_id(spec, body)
+        if inner_msg_id is None:
+            inner_msg_id = new_inner_msg_id()
+        elif not is_inner_msg_id(inner_msg_id):
+            raise ConfigurationError("inner_msg_id must be one that a receipt or a publish error gave: a UUIDv7")
+        return prepare(
+            body,
+            inner_msg_id=inner_msg_id,
+            exchange=self._exchange if exchange is None else exchange,
+            routing_key=self._routing_key if routing_key is None else routing_key,
+            headers=headers,
+            declare=(*self._declare, *declare),
+            serializer=self._serializer if serializer is None else serializer,
+            content_type=content_type,
+            content_encoding=content_encoding,
+            compression=compression,
+            priority=priority,
+            expiration=expiration,
+            properties=properties,
+        )
+
+    def _publish(self, outgoing: Outgoing, *, fresh: bool) -> Receipt:
+        sends = Sends(self._policy)
+        while True:
+            try:
+                landing, edge = self._send_once(outgoing, sends)
+            except NotConfirmed as failure:
+                pause = sends.failed(failure)
+                if pause is None:
+                    raise sends.error(failure, outgoing.inner_msg_id or "") from failure.__cause__
+            else:
+                if fresh:
+                    landing = Landing.LANDED
+                return Receipt(outgoing.inner_msg_id or "", landing, edge, sends.count + 1)
+            self._policy.sleep(pause)
+
+    def _send_once(self, outgoing: Outgoing, sends: Sends) -> tuple[Landing, Edge]:
+        with self._lock:
+            lane = self._lane
+            try:
+                return self._step(hooks.PUBLISH, lane.send, outgoing)
+            except Exception as error:
+                failure = lane.judge(error)
+                if failure is not None:
+                    if failure is error:
+                        raise
+                    raise failure from error
+                if sends.in_doubt:
+                    text = f"an earlier send was not confirmed, and the last one raised {type(error).__name__}"
+                    raise PublishUnknown(text, outgoing.inner_msg_id or "") from error
+                raise
+            except BaseException:  # a signal in mid-wait: the answer to this send must not meet the next one
+                lane.discard()
+                raise
+
+    def _start_afresh_after_fork(self) -> None:
+        self._lock = threading.Lock()  # another thread of the parent may hold the old one, for ever
+        self._lane = self._lane.inherit()
+
+
+def idempotent_producer(
+    connection: IdempotentProducer | Connection | str | Any,
+    *,
+    exchange: Exchange | str | None = None,
+    routing_key: str | None = None,
+    serializer: str | None = None,
+    biz_id: BizIdSpec | None = None,
+    declare: Iterable[Any] = (),
+    confirm_timeout: float = 5.0,
+    retry: ResendPolicy | None = None,
+    step: hooks.Step = hooks.direct,
+) -> Callable[[Callable[P, Any]], Callable[P, Receipt]]:
+    """Make a function whose return value is the body publish that body: calling it returns the receipt.
+
+    connection: as IdempotentProducer takes it, or a producer to share; the rest as `publish` and IdempotentProducer
+    take them (confirm_timeout, retry and step are those of a shared producer). `__wrapped__` is the plain function.
+    """
+    if isinstance(connection, IdempotentProducer):
+        producer = connection
+    else:
+        producer = IdempotentProducer(connection, confirm_timeout=confirm_timeout, retry=retry, step=step)
+    entities = tuple(declare)
+
+    def decorate(function: Callable[P, Any]) -> Callable[P, Receipt]:
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            raise ConfigurationError("@idempotent_producer wraps a plain function that returns the body")
+
+        @functools.wraps(function)
+        def publish(*args: P.args, **kwargs: P.kwargs) -> Receipt:
+            return producer.publish(
+                function(*args, **kwargs),
+                exchange=exchange,
+                routing_key=routing_key,
+                serializer=serializer,
+                biz_id=biz_id,
+                declare=entities,
+            )
+
+        return publish
+
+    return decorate
+
+
+_producers: weakref.WeakSet[IdempotentProducer] = weakref.WeakSet()
+
+
+def _start_afresh_after_fork() -> None:
+    for producer in list(_producers):
+        producer._start_afresh_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_afresh_after_fork)
