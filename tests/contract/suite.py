@@ -200,6 +200,18 @@ class ClaimContract:
         assert len(set(outcomes)) == 1
         assert won(outcomes[0]).attempt == 1
 
+    def test_a_takeover_asked_again_is_still_a_takeover(self, contract_store: Subject) -> None:
+        """Rule 2: the reply of a takeover got lost; its repeat says `taken_over` again, or no quarantine would follow."""
+        store, key = contract_store.store, new_key()
+        take(store, key, lease=SHORT)
+        contract_store.outlast(SHORT)
+        request = ask(key)
+        first = won(store.claim(request))
+        assert first.taken_over
+        assert store.claim(request) == first
+        assert renew(store, Hold(key, first.token, request.nonce))
+        assert store.claim(request) == first
+
     def test_the_same_nonce_renews_the_lease(self, contract_store: Subject) -> None:
         """Rule 2: asking again renews the lease, from now."""
         store, key = contract_store.store, new_key()

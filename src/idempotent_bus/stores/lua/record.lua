@@ -1,0 +1,52 @@
+-- How a record lies in Redis, and helpers over it. Put before every script of this folder.
+--
+-- One string per record, numbers big-endian, positions from 1 as Lua counts:
+--   1      flags: state (1 reserved, 2 in progress, 3 completed, 4 released) + 8 if there is a fingerprint
+--          + 16 if there is a result + 32 if a held record was taken over; the two highest bits are the format's
+--          version, 0
+--   2-9    token       10-25  nonce (2-25 together are the hold that owners are compared by)
+--   26-33  fingerprint, zeros if there is none
+--   34-37  attempts    38-41  redrive
+--   42-    held: when the lease ends, in microseconds, 8 bytes; completed: the result; released: nothing
+-- 41 bytes and no more while there is no result: up to 44 Redis keeps value and object in one allocation.
+-- The key's own expiry is the retention.
+
+local RESERVED, IN_PROGRESS, COMPLETED, RELEASED = 1, 2, 3, 4
+local HAS_FINGERPRINT, HAS_RESULT, TAKEN_OVER = 8, 16, 32
+
+-- The server's time in microseconds: exact in a double until the year 2255.
+local function server_time()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) * 1000000 + tonumber(time[2])
+end
+
+local function number4(text, at)
+  local a, b, c, d = string.byte(text, at, at + 3)
+  return ((a * 256 + b) * 256 + c) * 256 + d
+end
+
+local function number8(text, at)
+  return number4(text, at) * 4294967296 + number4(text, at + 4)
+end
+
+local function bytes4(value)
+  return string.char(
+    math.floor(value / 16777216), math.floor(value / 65536) % 256, math.floor(value / 256) % 256, value % 256
+  )
+end
+
+local function bytes8(value)
+  return bytes4(math.floor(value / 4294967296)) .. bytes4(value % 4294967296)
+end
+
+local function state_of(record)
+  return string.byte(record, 1) % 8
+end
+
+local function has(record, flag)
+  return math.floor(string.byte(record, 1) / flag) % 2 == 1
+end
+
+local function owned(record, hold)
+  return record and string.sub(record, 2, 25) == hold
+end
