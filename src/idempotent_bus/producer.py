@@ -14,16 +14,18 @@ from kombu import Connection, Exchange, Queue
 from typing_extensions import ParamSpec, Self
 
 from . import hooks
-from .errors import ConfigurationError, PublishUnknown
+from .errors import ConfigurationError, PublishError, PublishUnknown
 from .headers import INNER_MSG_ID
 from .identity import BizIdSpec, extract_biz_id
-from .lanes import Lane, template_of
-from .model import Edge, Landing, Receipt
+from .lane_amqp import AmqpLane
+from .lane_virtual import make_lane
+from .model import Landing, Receipt
 from .msgid import is_inner_msg_id, new_inner_msg_id
 from .outgoing import Outgoing, prepare
 from .resend import NotConfirmed, ResendPolicy, Sends
+from .streaming import PublishManyError, publish_stream
 
-__all__ = ["IdempotentProducer", "ResendPolicy", "idempotent_producer"]
+__all__ = ["IdempotentProducer", "PublishManyError", "ResendPolicy", "idempotent_producer"]
 
 P = ParamSpec("P")
 
@@ -66,7 +68,10 @@ class IdempotentProducer:
         self._policy = ResendPolicy() if retry is None else retry
         self._step = step
         self._lock = threading.Lock()
-        self._lane = Lane(connection, template_of(connection), timeout=confirm_timeout, clock=self._policy.clock)
+        self._lane = make_lane(connection, timeout=confirm_timeout, clock=self._policy.clock)
+        # A stream has a connection of its own, so that single publishes need not wait for its end.
+        self._stream_lock = threading.Lock()
+        self._stream_lane = self._lane.twin() if isinstance(self._lane, AmqpLane) else None
         _producers.add(self)
 
     def publish(
@@ -115,6 +120,26 @@ class IdempotentProducer:
         )
         return self._publish(outgoing, fresh=inner_msg_id is None)
 
+    def publish_many(self, messages: Iterable[Any], *, window: int = 500, **options: Any) -> list[Receipt]:
+        """Publish many messages; on AMQP up to `window` of them wait for their confirms at the same time.
+
+        messages: bodies, or tuples (body, keywords of `publish`); taken one after the other, so a generator does.
+        options: keywords of `publish` for all of them. Returns the receipts in the order of the messages. Raises
+        PublishManyError if one of them did not land; its `results` tells them apart. Several threads take turns.
+        """
+        if window < 1:
+            raise ConfigurationError("window must be at least 1")
+        if self._stream_lane is None:
+            return self._publish_each(messages, options)
+        with self._stream_lock:
+            return publish_stream(
+                (self._prepare(body, **keywords) for body, keywords in _each(messages, options)),
+                self._stream_lane,
+                window=window,
+                policy=self._policy,
+                step=self._step,
+            )
+
     def forward(
         self,
         body: bytes | str,
@@ -152,6 +177,9 @@ class IdempotentProducer:
         """Close the private connection. A later publish opens it again."""
         with self._lock:
             self._lane.close()
+        if self._stream_lane is not None:
+            with self._stream_lock:
+                self._stream_lane.close()
 
     def __enter__(self) -> Self:
         return self
@@ -204,7 +232,7 @@ class IdempotentProducer:
         sends = Sends(self._policy)
         while True:
             try:
-                landing, edge = self._send_once(outgoing, sends)
+                landing = self._send_once(outgoing, sends)
             except NotConfirmed as failure:
                 pause = sends.failed(failure)
                 if pause is None:
@@ -212,10 +240,30 @@ class IdempotentProducer:
             else:
                 if fresh:
                     landing = Landing.LANDED
-                return Receipt(outgoing.inner_msg_id or "", landing, edge, sends.count + 1)
+                return Receipt(outgoing.inner_msg_id or "", landing, self._lane.edge, sends.count + 1)
             self._policy.sleep(pause)
 
-    def _send_once(self, outgoing: Outgoing, sends: Sends) -> tuple[Landing, Edge]:
+    def _publish_each(self, messages: Iterable[Any], options: Mapping[str, Any]) -> list[Receipt]:
+        results: list[Receipt | PublishError] = []
+        reason: Exception | None = None
+        try:
+            for body, keywords in _each(messages, options):
+                try:
+                    results.append(self.publish(body, **keywords))
+                except PublishError as error:
+                    results.append(error)
+                    reason = reason or error
+                    if isinstance(error, PublishUnknown):  # the broker is away: the rest would fare no better
+                        break
+        except Exception as error:  # noqa: BLE001 - the caller's iterable or body: raised below, with the results
+            reason = error
+        if reason is not None:
+            landed = sum(isinstance(result, Receipt) for result in results)
+            text = f"{landed} of {len(results)} messages landed; the first that failed: {reason}"
+            raise PublishManyError(text, results) from reason
+        return [result for result in results if isinstance(result, Receipt)]
+
+    def _send_once(self, outgoing: Outgoing, sends: Sends) -> Landing:
         with self._lock:
             lane = self._lane
             try:
@@ -237,6 +285,9 @@ class IdempotentProducer:
     def _start_afresh_after_fork(self) -> None:
         self._lock = threading.Lock()  # another thread of the parent may hold the old one, for ever
         self._lane = self._lane.inherit()
+        self._stream_lock = threading.Lock()
+        if self._stream_lane is not None:
+            self._stream_lane = self._stream_lane.inherit()
 
 
 def idempotent_producer(
@@ -280,6 +331,14 @@ def idempotent_producer(
         return publish
 
     return decorate
+
+
+def _each(messages: Iterable[Any], options: Mapping[str, Any]) -> Iterable[tuple[Any, dict[str, Any]]]:
+    for message in messages:
+        if isinstance(message, tuple) and len(message) == 2 and isinstance(message[1], dict):
+            yield message[0], {**options, **message[1]}
+        else:
+            yield message, dict(options)
 
 
 _producers: weakref.WeakSet[IdempotentProducer] = weakref.WeakSet()

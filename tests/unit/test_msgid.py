@@ -35,13 +35,13 @@ def test_the_example_of_the_rfc() -> None:
     assert published_at("017f22e2-79b0-7cc3-98c4-dc0c0c07398f") == 1645557742.0
 
 
-_FOREIGN = """
-x
-017F22E2-79B0-7CC3-98C4-DC0C0C07398F
-017f22e279b07cc398c4dc0c0c07398f
-017f22e2-79b0-4cc3-98c4-dc0c0c07398f
-017f22e2-79b0-7cc3-c8c4-dc0c0c07398f
-""".split()
+_FOREIGN = (
+    "x",
+    "017F22E2-79B0-7CC3-98C4-DC0C0C07398F",
+    "017f22e279b07cc398c4dc0c0c07398f",
+    "017f22e2-79b0-4cc3-98c4-dc0c0c07398f",
+    "017f22e2-79b0-7cc3-c8c4-dc0c0c07398f",
+)
 
 
 @pytest.mark.parametrize("value", [None, 7, "", "017f22e2-79b0-7cc3-98c4-dc0c0c07398f\n", *_FOREIGN])
