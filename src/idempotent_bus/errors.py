@@ -47,10 +47,6 @@ class StoreUnavailable(StoreError):
     """
 
 
-class LeaseLost(StoreError):
-    """Another claim took over while the handler ran: its completion was refused, the message is not acked."""
-
-
 # --- publishing -------------------------------------------------------------------------------------
 
 

@@ -302,7 +302,7 @@ class Executor:
             return self._run(work, Execution(self, work, hold, outcome.attempt, claimed_at))
         if isinstance(outcome, Completed):
             self._step(ACK, work.settle.ack)
-            return Ending(Ended.REPLAYED, _decode(outcome.result))
+            return Ending(Ended.REPLAYED, decode_result(outcome.result))
         if isinstance(outcome, Busy):
             return self._wait(work, Ended.BUSY, outcome.retry_after)
         assert isinstance(outcome, Conflict)
@@ -344,7 +344,7 @@ class Executor:
         hold = execution.hold
         # Before completing, so that a renewal that meets the completed record is not taken for a lost lease.
         self._keeper.remove(execution)
-        result = _encode(value, work.scope)
+        result = encode_result(value, work.scope)
         give_up = self._clock() + self.policy.lease
         pause = 0.05
         while True:
@@ -379,9 +379,9 @@ class Executor:
             exc_info=error,
         )
         if isinstance(error, self._permanent):
-            return self._bury(work, execution.hold, Reason.PERMANENT, _last_line(error), attempt)
+            return self._bury(work, execution.hold, Reason.PERMANENT, last_line(error), attempt)
         if attempt >= self.policy.max_attempts:
-            return self._bury(work, execution.hold, Reason.ATTEMPTS, _last_line(error), attempt)
+            return self._bury(work, execution.hold, Reason.ATTEMPTS, last_line(error), attempt)
         self._release(execution.hold, attempt)
         return self._wait(work, Ended.FAILED, self.policy.backoff.delay(attempt, self._draw))
 
@@ -413,7 +413,8 @@ class Executor:
                 self._release(Hold(request.key, outcome.token, request.nonce), outcome.attempt - 1)
 
 
-def _encode(value: Any, scope: str) -> bytes | None:
+def encode_result(value: Any, scope: str) -> bytes | None:
+    """What is stored of a handler's result: its JSON, or None if it has none or one that is too long."""
     if value is None:
         return None
     try:
@@ -427,9 +428,11 @@ def _encode(value: Any, scope: str) -> bytes | None:
     return encoded
 
 
-def _decode(result: bytes | None) -> Any:
+def decode_result(result: bytes | None) -> Any:
+    """The result that a duplicate gets."""
     return None if result is None else json.loads(result)
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """The last line of a traceback, for the dead letter."""
     return traceback.format_exception_only(type(error), error)[-1].strip()

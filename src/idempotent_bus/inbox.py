@@ -1,0 +1,315 @@
+"""The transactional lower half: the record is inserted in the same transaction as the handler's writes.
+
+Effect and record commit together or not at all (I3), so a copy finds either both or neither: one effect, exactly
+(I2). The transaction is the lock: a copy that arrives meanwhile waits for it briefly, and then comes back later. A
+COMMIT whose reply was lost is settled by inserting again, which waits for the first and then meets its record, never
+by a SELECT, which could look too early (I15).
+
+Attempts are counted in a transaction of their own: after a handler raised, and before a message is run that the
+broker says was delivered before, since then the last run may have died.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from . import schema
+from .consumer import Handler, IdempotentHandler
+from .dialects import NOW_US, is_contention
+from .errors import ConfigurationError, HandlerAcknowledged, Permanent
+from .execution import Ended, Ending, Work, decode_result, encode_result, last_line
+from .hooks import ACK, CLAIM, COMMIT, DEAD_LETTER, HANDLER, WAIT, Step, direct
+from .identity import BizIdSpec, FingerprintSpec
+from .model import Reason
+from .policy import DAY, Backoff, Policy
+
+__all__ = ["Inbox", "transactional_consumer"]
+
+log = logging.getLogger(__name__)
+
+#: How often a transaction is repeated at once, after a deadlock, a serialization failure or an unknown COMMIT.
+_TRIES: Final = 4
+#: How long a copy waits in the database for the transaction that holds its record, before it comes back later.
+_LOCK_WAIT_MS: Final = 1000
+
+# Both have INSERT ... ON CONFLICT, each under a class of its own.
+_INSERTS: Final[dict[str, Any]] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
+
+
+class Inbox:
+    """The records of what was handled, in the database where the effects are.
+
+    engine: yours; each message takes one connection of it for one transaction. create: make the table at the first
+    use; switch it off where your migrations do that (`schema.metadata`). Safe for threads. SQLite and PostgreSQL.
+    """
+
+    def __init__(
+        self,
+        engine: sa.Engine,
+        *,
+        table_prefix: str = schema.PREFIX,
+        database_schema: str | None = None,
+        create: bool = True,
+    ) -> None:
+        if engine.dialect.name not in _INSERTS:
+            raise ConfigurationError(f"the inbox works on SQLite and PostgreSQL, not yet on {engine.dialect.name}")
+        self.engine = engine
+        self._tables = schema.metadata(table_prefix, database_schema, parts=("inbox",))
+        self._table = schema.inbox(self._tables)
+        self._insert = _INSERTS[engine.dialect.name]
+        self._now = sa.literal_column(NOW_US[engine.dialect.name], sa.BigInteger)
+        self._created = not create
+        self._creating = threading.Lock()
+
+    def connect(self) -> sa.Connection:
+        """A connection for one transaction; at the first call the table is created."""
+        if not self._created:
+            with self._creating:
+                if not self._created:
+                    schema.create(self.engine, self._tables)
+                    self._created = True
+        return self.engine.connect()
+
+    def insert(self, connection: sa.Connection, work: Work, retention: float) -> bool:
+        """Insert the record. True: it is ours. False: the biz-id was completed before, by a commit.
+
+        Waits for a transaction that is inserting the same record, and sees how it ended.
+        """
+        table = self._table
+        if self.engine.dialect.name == "postgresql":
+            connection.execute(sa.text(f"SET LOCAL lock_timeout = {_LOCK_WAIT_MS}"))
+        kept_until = self._now + int(retention * 1_000_000)
+        statement = self._insert(table).values(
+            record_key=work.key,
+            completed=1,
+            fingerprint=work.fingerprint,
+            attempts=0,
+            redrive=work.redrive,
+            kept_until=kept_until,
+        )
+        statement = statement.on_conflict_do_update(
+            index_elements=[table.c.record_key],
+            set_={"completed": 1, "fingerprint": statement.excluded.fingerprint, "kept_until": kept_until},
+            where=sa.or_(table.c.completed == 0, table.c.kept_until <= self._now),
+        )
+        ours = connection.execute(statement).rowcount == 1
+        if self.engine.dialect.name == "postgresql":
+            connection.execute(sa.text("SET LOCAL lock_timeout TO DEFAULT"))  # the handler's locks are its own matter
+        return ours
+
+    def completed(self, connection: sa.Connection, work: Work) -> tuple[bytes | None, bytes | None]:
+        """The fingerprint and the result of a completed record."""
+        table = self._table
+        query = sa.select(table.c.fingerprint, table.c.result).where(table.c.record_key == work.key)
+        return connection.execute(query).tuples().one()
+
+    def store_result(self, connection: sa.Connection, work: Work, result: bytes | None) -> None:
+        """Keep the handler's result with its record."""
+        table = self._table
+        connection.execute(sa.update(table).where(table.c.record_key == work.key).values(result=result))
+
+    def count_attempt(self, work: Work, retention: float) -> int:
+        """Count an attempt, durably, before the handler runs or after it raised. 0: completed in the meantime."""
+        table = self._table
+        kept_until = self._now + int(retention * 1_000_000)
+        statement = self._insert(table).values(
+            record_key=work.key,
+            completed=0,
+            fingerprint=work.fingerprint,
+            attempts=1,
+            redrive=work.redrive,
+            kept_until=kept_until,
+        )
+        excluded = statement.excluded
+        over = table.c.kept_until <= self._now
+        statement = statement.on_conflict_do_update(
+            index_elements=[table.c.record_key],
+            set_={
+                "completed": 0,
+                "attempts": sa.case((sa.or_(excluded.redrive > table.c.redrive, over), 1), else_=table.c.attempts + 1),
+                "redrive": sa.case((excluded.redrive > table.c.redrive, excluded.redrive), else_=table.c.redrive),
+                "kept_until": kept_until,
+            },
+            where=sa.or_(table.c.completed == 0, over),
+        ).returning(table.c.attempts)
+        with self.connect() as connection, connection.begin():
+            counted = connection.execute(statement).scalar_one_or_none()
+        return int(counted or 0)
+
+    def purge(self, *, limit: int = 1000) -> int:
+        """Delete at most `limit` records whose retention is over; returns how many."""
+        table = self._table
+        over = sa.select(table.c.record_key).where(table.c.kept_until <= self._now).limit(limit)
+        with self.connect() as connection, connection.begin():
+            return connection.execute(sa.delete(table).where(table.c.record_key.in_(over))).rowcount
+
+
+class _HandlerRaised(Exception):
+    """Carries what a handler raised past the handling of database errors."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+
+class _Transactions:
+    """Runs work in transactions: the counterpart of `execution.Executor`. Safe for threads."""
+
+    def __init__(
+        self, inbox: Inbox, policy: Policy, *, draw: Callable[[], float] = random.random, step: Step = direct
+    ) -> None:
+        self.policy = policy
+        self._inbox = inbox
+        self._draw = draw
+        self._step = step
+        self._permanent: tuple[type[BaseException], ...] = (Permanent, HandlerAcknowledged, *policy.permanent)
+
+    def handle(self, work: Work) -> Ending:
+        """Handle one delivery; settles it, whatever happens, unless the broker's connection fails."""
+        counted = 0
+        try:
+            if work.redelivered:
+                counted = self._inbox.count_attempt(work, self.policy.retention)
+            if counted > self.policy.max_attempts:
+                return self._bury(work, Reason.ATTEMPTS, "the attempts are used up", counted - 1)
+            for _ in range(_TRIES):
+                try:
+                    return self._transact(work)
+                except _HandlerRaised as raised:
+                    return self._failed(work, raised.error, counted)
+                except sa.exc.OperationalError as error:
+                    if _is_lock_timeout(error):
+                        return self._wait(work, Ended.BUSY)
+                    # A deadlock, a serialization failure, or a COMMIT with an unknown outcome: doing it again tells.
+                    last = error
+            raise last
+        except sa.exc.SQLAlchemyError as error:
+            log.warning("the inbox of scope %s is in doubt, nothing is acked: %s", work.scope, type(error).__name__)
+            return self._wait(work, Ended.IN_DOUBT)
+
+    def handle_window(self, works: Sequence[Work]) -> list[Ending]:
+        """One transaction for each."""
+        return [self.handle(work) for work in works]
+
+    def _transact(self, work: Work) -> Ending:
+        with self._inbox.connect() as connection:
+            transaction = connection.begin()
+            try:
+                if not self._step(CLAIM, self._inbox.insert, connection, work, self.policy.retention):
+                    seen, result = self._inbox.completed(connection, work)
+                    transaction.rollback()
+                    if None not in (seen, work.fingerprint) and seen != work.fingerprint:
+                        return self._bury(work, Reason.CONFLICT, "the biz-id is completed with another body", 0)
+                    self._step(ACK, work.settle.ack)
+                    return Ending(Ended.REPLAYED, decode_result(result))
+                value = self._run(work, connection, transaction)
+                result = encode_result(value, work.scope)
+                if result is not None:
+                    self._inbox.store_result(connection, work, result)
+                self._step(COMMIT, transaction.commit)
+            finally:
+                if transaction.is_active:
+                    transaction.rollback()
+        self._step(ACK, work.settle.ack)
+        return Ending(Ended.COMPLETED, value)
+
+    def _run(self, work: Work, connection: sa.Connection, transaction: sa.RootTransaction) -> Any:
+        try:
+            value = self._step(HANDLER, work.run, connection)
+            if not transaction.is_active:
+                raise Permanent("the handler committed or rolled back the transaction, which is the library's to end")
+            _check_not_aborted(connection)
+        except sa.exc.DBAPIError as error:
+            if error.orig is not None and is_contention(error.orig):
+                raise  # the whole transaction is repeated
+            raise _HandlerRaised(error) from error
+        except Exception as error:
+            raise _HandlerRaised(error) from error
+        return value
+
+    def _failed(self, work: Work, error: Exception, counted: int) -> Ending:
+        attempt = counted or self._inbox.count_attempt(work, self.policy.retention)
+        log.warning("handler in scope %s raised %s, rolled back", work.scope, type(error).__name__, exc_info=error)
+        if isinstance(error, self._permanent):
+            return self._bury(work, Reason.PERMANENT, last_line(error), attempt)
+        if attempt >= self.policy.max_attempts:
+            return self._bury(work, Reason.ATTEMPTS, last_line(error), attempt)
+        self._step(WAIT, work.settle.wait, self.policy.backoff.delay(max(attempt, 1), self._draw))
+        return Ending(Ended.FAILED)
+
+    def _bury(self, work: Work, reason: Reason, error: str, attempts: int) -> Ending:
+        self._step(DEAD_LETTER, work.settle.dead_letter, reason, error, attempts)
+        return Ending(Ended.DEAD)
+
+    def _wait(self, work: Work, how: Ended) -> Ending:
+        self._step(WAIT, work.settle.wait, self.policy.busy_delay * (1 + self._draw() / 2))
+        return Ending(how)
+
+
+def _check_not_aborted(connection: sa.Connection) -> None:
+    """Raise if an error that the handler swallowed has aborted the transaction.
+
+    PostgreSQL answers COMMIT of an aborted transaction with a quiet ROLLBACK, and psycopg raises nothing: the
+    message would be acked without its effect.
+    """
+    if connection.dialect.name != "postgresql":
+        return
+    info = getattr(connection.connection.dbapi_connection, "info", None)
+    status = getattr(info, "transaction_status", None)
+    if status is None:
+        connection.execute(sa.text("SELECT 1"))  # another driver: an aborted transaction refuses this
+    elif getattr(status, "name", "") == "INERROR":
+        raise sa.exc.InvalidRequestError(
+            "a statement of the handler failed and the handler went on: PostgreSQL will not commit this transaction; "
+            "let the error out, or use connection.begin_nested() around what may fail"
+        )
+
+
+def _is_lock_timeout(error: sa.exc.OperationalError) -> bool:
+    if getattr(error.orig, "sqlstate", None) == "55P03":
+        return True
+    return "database is locked" in str(error.orig)
+
+
+def transactional_consumer(
+    inbox: Inbox,
+    *,
+    scope: str,
+    biz_id: BizIdSpec,
+    fingerprint: FingerprintSpec = True,
+    retention: float = 7 * DAY,
+    max_attempts: int = 8,
+    backoff: Backoff = Backoff(),  # noqa: B008 - frozen
+    permanent: tuple[type[BaseException], ...] = (),
+    busy_delay: float = 1.0,
+    dead_letter: str | None = None,
+    step: Step = direct,
+) -> Callable[[Handler], IdempotentHandler]:
+    """Run the handler once for each business id, in one transaction with the record; ack after the commit.
+
+    The handler is called with `(body, message, connection)` and writes with that connection; it must neither commit
+    nor roll it back. What it raises rolls back its writes and the record alike. Everything else is as in
+    `idempotent_consumer`; there is no lease, since the transaction ends with its connection.
+    """
+    policy = Policy(
+        retention=retention,
+        max_attempts=max_attempts,
+        backoff=backoff,
+        busy_delay=busy_delay,
+        permanent=permanent,
+    )
+    executor = _Transactions(inbox, policy, step=step)
+
+    def decorate(handler: Handler) -> IdempotentHandler:
+        return IdempotentHandler(
+            handler, executor, scope=scope, biz_id=biz_id, fingerprint=fingerprint, dead_letter=dead_letter
+        )
+
+    return decorate
