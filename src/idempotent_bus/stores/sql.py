@@ -1,0 +1,278 @@
+"""The dedup store in a SQL database: a SQLite file (nothing to install or run), PostgreSQL, MariaDB or MySQL.
+
+    open_store("sqlite:///dedup.db")
+    open_store("postgresql://user@host/db")
+    SQLStore(engine)                         # an engine that you have already
+
+A claim is one atomic statement whose update applies only if the record may be claimed; see `sql/*.sql`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+from sqlalchemy.pool import PoolProxiedConnection
+
+from .. import schema as schema_module
+from ..dialects import is_contention
+from ..errors import StoreUnavailable
+from ..model import ClaimOutcome, ClaimRequest, Hold, Record, State
+from ..schema import PREFIX
+from .sql_engine import SOCKET, Watchdog, open_engine
+from .sql_flavours import Flavour, Unsettled, Work, choose, microseconds
+
+__all__ = ["SQLStore", "open_sql"]
+
+T = TypeVar("T")
+
+#: In a pooled connection's info: it has worked before, so that its loss says nothing about the server now.
+_PROVEN: Final = "idempotent_bus_proven"
+_CONTENTION_TRIES: Final = 8
+
+
+def open_sql(
+    url: str,
+    *,
+    table_prefix: str = PREFIX,
+    schema: str | None = None,
+    create: bool = True,
+    timeout: float = 5.0,
+    **engine_options: Any,
+) -> SQLStore:
+    """Open the dedup store in the database that `url` names. Nothing is connected before the first use.
+
+    `sqlite:///file`, `postgresql://` (psycopg 3), `mysql://` and `mariadb://` (PyMySQL), or with a driver named. SQLite
+    commits survive a power cut; `?synchronous=NORMAL` trades that for speed (the newest completions may then be lost
+    with the power, and their messages run again).
+    table_prefix, schema: where the tables are. create: make them at first use if they are missing.
+    timeout: seconds that a call may wait for a lock or for a silent server before it raises StoreUnavailable.
+    engine_options: for SQLAlchemy's `create_engine`, such as `pool_size` (one connection serves one call at a time).
+
+    Raises ConfigurationError for a URL or a name that cannot be used. SQLite in memory is refused: use `memory://`.
+    """
+    engine, timeout = open_engine(url, timeout=timeout, options=engine_options)
+    return SQLStore(engine, table_prefix=table_prefix, schema=schema, create=create, timeout=timeout, _own=True)
+
+
+class SQLStore:
+    """A store in a SQL database; safe for threads, processes and forks.
+
+    engine: yours; its settings are left alone, each call takes a connection from its pool and gives it back. It must
+    not be in memory, and your engine's own timeouts decide how long a lock or a silent server may be waited for.
+    After a fork the child drops the pool's connections without closing them, as it must.
+    table_prefix, schema, create: as for `open_sql`. timeout: seconds within which a call may be tried again.
+
+    It is a BatchStore, a LookupStore and a PurgeStore too.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        table_prefix: str = PREFIX,
+        schema: str | None = None,
+        create: bool = True,
+        timeout: float = 5.0,
+        _own: bool = False,
+    ) -> None:
+        self._engine = engine
+        self._tables = schema_module.metadata(table_prefix, schema)
+        self._create = create
+        self._timeout = timeout
+        self._own = _own
+        self._errors = (engine.dialect.loaded_dbapi.Error, sa.exc.SQLAlchemyError, OSError, Unsettled)
+        self._flavour: Flavour | None = None
+        self._after_fork()
+        _stores.add(self)
+
+    # --- the verbs -----------------------------------------------------------------------------------
+
+    def claim(self, request: ClaimRequest, /) -> ClaimOutcome:
+        """As `Store.claim`."""
+        return self._perform(lambda flavour, work: flavour.claim(work, (request,)))[0]
+
+    def claim_many(self, requests: Sequence[ClaimRequest], /) -> list[ClaimOutcome]:
+        """As `BatchStore.claim_many`; one transaction (on MariaDB and MySQL one per 200)."""
+        if not requests:
+            return []
+        return self._perform(lambda flavour, work: flavour.claim(work, requests))
+
+    def renew(self, hold: Hold, /, *, lease: float, retention: float) -> bool:
+        """As `Store.renew`."""
+        return self.renew_many((hold,), lease=lease, retention=retention)[0]
+
+    def renew_many(self, holds: Sequence[Hold], /, *, lease: float, retention: float) -> list[bool]:
+        """As `BatchStore.renew_many`; one transaction."""
+        if not holds:
+            return []
+        lasting = microseconds(lease), microseconds(retention)
+        return self._perform(lambda flavour, work: flavour.renew(work, holds, *lasting))
+
+    def complete(self, hold: Hold, /, *, result: bytes | None, retention: float) -> bool:
+        """As `Store.complete`."""
+        kept = microseconds(retention)
+
+        def act(flavour: Flavour, work: Work) -> bool:
+            mine = flavour.hold(hold)
+            # Second step only if the first met nothing: a repeat, or a hold that was lost. Completed is final, so that
+            # looking afterwards tells the truth.
+            changed = work.count("complete", **mine, result=result, retention=kept)
+            return changed == 1 or bool(work.rows("completed", **mine))
+
+        return self._perform(act)
+
+    def release(self, hold: Hold, /, *, attempts: int, retention: float) -> bool:
+        """As `Store.release`."""
+        kept = microseconds(retention)
+        return self._perform(
+            lambda flavour, work: work.count("release", **flavour.hold(hold), attempts=attempts, retention=kept) == 1
+        )
+
+    def lookup(self, key: bytes, /) -> Record | None:
+        """As `LookupStore.lookup`."""
+        rows = self._perform(lambda flavour, work: work.rows("lookup", key=flavour.digest(key)))
+        if not rows:
+            return None
+        state, token, attempts, redrive, lease_left, retention_left, fingerprint, result = rows[0]
+        held = state in (State.RESERVED, State.IN_PROGRESS)
+        return Record(
+            key=key,
+            state=State(state),
+            token=token,
+            attempts=attempts,
+            redrive=redrive,
+            lease_left=max(0.0, lease_left / 1_000_000) if held else 0.0,
+            retention_left=max(0.0, retention_left / 1_000_000),
+            fingerprint=None if fingerprint is None else bytes(fingerprint),
+            result=None if result is None else bytes(result),
+        )
+
+    def purge(self, *, limit: int = 1000) -> int:
+        """As `PurgeStore.purge`; a record that somebody is using is passed over where the database can (not SQLite)."""
+        return self._perform(lambda flavour, work: flavour.purge(work, limit))
+
+    def close(self) -> None:
+        """Close the connections of an engine of our own; a user's engine is left open. It may be used again."""
+        if self._own:
+            self._engine.dispose()
+            self._watchdog.close()
+
+    # --- around every verb ---------------------------------------------------------------------------
+
+    def _perform(self, act: Callable[[Flavour, Work], T]) -> T:
+        """Do it on a pooled connection. Every verb may be repeated: that is the answer to a deadlock or a stale one."""
+        tries = 0
+        gives_up = time.monotonic() + self._timeout
+        while True:
+            tries += 1
+            try:
+                flavour = self._flavour or self._prepare()
+                connection = self._engine.raw_connection()
+            except self._errors as error:
+                raise StoreUnavailable(_explain(error)) from _root(error)
+            proven = connection.info.get(_PROVEN, False)
+            watched = connection.info.get(SOCKET)
+            ticket = self._watchdog.start(watched) if watched is not None else 0
+            try:
+                work = Work(connection.driver_connection, flavour.statements, own=self._own)
+                answer = act(flavour, work)
+                work.finish()
+            except self._errors as error:
+                lost = self._is_lost(error, connection)
+                _drop(connection)
+                again = (is_contention(error) and tries < _CONTENTION_TRIES) or (lost and (proven or tries == 1))
+                if not again or time.monotonic() > gives_up:
+                    raise StoreUnavailable(_explain(error)) from _root(error)
+                if not lost:
+                    time.sleep(random.random() * 0.01 * tries)  # noqa: S311  # spreads retries, hides nothing
+            except BaseException:
+                # A time limit or a signal came in the middle: what the connection would say next is unknown.
+                _drop(connection)
+                raise
+            else:
+                connection.info[_PROVEN] = True
+                connection.close()
+                return answer
+            finally:
+                if watched is not None:
+                    self._watchdog.stop(ticket)
+
+    def _is_lost(self, error: BaseException, connection: PoolProxiedConnection) -> bool:
+        """Whether the connection broke, rather than the statement."""
+        dialect = self._engine.dialect
+        if isinstance(error, OSError):
+            return True
+        return isinstance(error, dialect.loaded_dbapi.Error) and dialect.is_disconnect(
+            error, connection.driver_connection, None
+        )
+
+    def _prepare(self) -> Flavour:
+        """Before the first use: learn what server it is, and make the tables."""
+        with self._lock:
+            if self._flavour is None:
+                if self._create:
+                    schema_module.create(self._engine, self._tables)
+                else:
+                    self._engine.connect().close()
+                self._flavour = choose(self._engine.dialect, self._tables)
+            return self._flavour
+
+    def _after_fork(self) -> None:
+        """What must not be shared with a parent: a lock that one of its threads may hold, and its threads."""
+        self._lock = threading.Lock()
+        self._watchdog = Watchdog(self._timeout + 1)
+
+    def _forked(self) -> None:
+        # Closing an inherited connection would end the parent's session (or, for SQLite, clean up its log): they are
+        # kept, unused, for as long as this process lives.
+        _inherited.append(self._engine.pool)
+        self._engine.dispose(close=False)
+        self._after_fork()
+
+
+_stores: weakref.WeakSet[SQLStore] = weakref.WeakSet()
+_inherited: list[Any] = []
+
+
+def _in_child() -> None:
+    for store in list(_stores):
+        store._forked()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_in_child)
+
+
+def _drop(connection: PoolProxiedConnection) -> None:
+    """Close a connection whose state is unknown, instead of giving it back."""
+    spare: socket.socket | None = connection.info.get(SOCKET)
+    connection.invalidate()
+    if spare is not None:
+        spare.close()
+
+
+def _root(error: BaseException) -> BaseException:
+    """The driver's own error: SQLAlchemy's wrapper may print parameters."""
+    return getattr(error, "orig", None) or error
+
+
+def _explain(error: BaseException) -> str:
+    """What happened, without a value in it, and what to do."""
+    root = _root(error)
+    name = type(root).__name__
+    if isinstance(root, Unsettled):
+        return "the record is claimed and given up too often at this moment; try again"
+    if name in ("UndefinedTable", "ProgrammingError") or "no such table" in str(root):
+        return f"the SQL store's tables cannot be used ({name}): are they created, and is the right to use them given?"
+    if isinstance(root, sa.exc.TimeoutError):
+        return "no connection to the SQL store became free in time; raise pool_size to the number of threads"
+    return f"the SQL store did not answer as it should ({name}); the outcome is unknown, ask again"
