@@ -41,7 +41,7 @@ INNER_MSG_ID: Final = _InnerMsgId()
 #: A path into the body (`"payment_id"`, `"order.id"`), a function of the body, or INNER_MSG_ID.
 BizIdSpec = str | Callable[[Any], Any] | _InnerMsgId
 
-#: True: the whole body; a sequence of names: those top-level fields only; False: off.
+#: True: the whole body; a name or a sequence of names: those top-level fields only; False: off.
 FingerprintSpec = bool | Sequence[str]
 
 
@@ -66,7 +66,7 @@ def canonical_biz_id(value: object) -> str:
     elif isinstance(value, int) and not isinstance(value, bool):
         if value.bit_length() > MAX_BIZ_ID_BYTES * 4:  # also keeps clear of Python's limit on int to text
             raise InvalidBizId(f"the biz-id is longer than {MAX_BIZ_ID_BYTES} bytes")
-        text = str(value)
+        text = int.__repr__(value)  # not str(): Python 3.10 and 3.11 differ in how they write an IntEnum
     elif isinstance(value, uuid.UUID):
         text = str(value)
     else:
@@ -125,11 +125,15 @@ def fingerprint(body: Any, spec: FingerprintSpec = True) -> bytes | None:
     """A digest of the body's meaning (FINGERPRINT_BYTES bytes), or None where it is switched off.
 
     A JSON-like body counts by its canonical JSON, whatever the order of its keys; bytes and text count as they are.
-    Raises InvalidBody if the body is nested too deeply or a named field is missing.
+    What kombu's JSON gives back typed (UUID, Decimal, dates) counts as its text: other producers send it so.
+    Raises InvalidBody, never anything else, if the body is nested too deeply, has values that have no such form, or
+    lacks a named field.
     """
     if spec is False:
         return None
     if spec is not True:
+        if isinstance(spec, str):
+            spec = (spec,)
         if not isinstance(body, Mapping):
             raise InvalidBody("the fingerprint names fields, but the body is not a mapping")
         missing = [name for name in spec if name not in body]
@@ -143,13 +147,13 @@ def fingerprint(body: Any, spec: FingerprintSpec = True) -> bytes | None:
             data = b"j" + _canonical(body).encode("utf-8", "surrogatepass")
         except RecursionError as error:
             raise InvalidBody("the body is nested too deeply") from error
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # other decoders than JSON bring objects whose code runs here
             raise InvalidBody(f"no fingerprint can be made of this body: {type(error).__name__}") from error
     return blake2b(data, digest_size=FINGERPRINT_BYTES, person=_FINGERPRINT_VERSION).digest()
 
 
 def _plain(value: Any) -> Any:
-    # What kombu's JSON gives back beyond JSON's own types. A UUID counts as its text: other producers send it so.
+    # What kombu's JSON, msgpack and YAML give back beyond JSON's own types.
     if isinstance(value, (uuid.UUID, decimal.Decimal)):
         return str(value)
     if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
@@ -158,6 +162,8 @@ def _plain(value: Any) -> Any:
         return {"__bytes__": bytes(value).hex()}
     if isinstance(value, (set, frozenset)):
         return sorted(value, key=repr)
+    if isinstance(value, Mapping):
+        return dict(value)
     raise TypeError(type(value).__name__)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,8 +22,8 @@ class Backoff:
     cap: float = 300.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.base <= self.cap:
-            raise ConfigurationError("a backoff needs 0 < base <= cap, in seconds")
+        if not 0 < self.base <= self.cap < math.inf:
+            raise ConfigurationError("a backoff needs 0 < base <= cap, in seconds, and a finite cap")
 
     def delay(self, attempt: int, draw: Callable[[], float] = random.random) -> float:
         """Seconds to wait after the attempt with this number (from 1). draw: gives a number from 0 to 1."""
@@ -52,11 +53,17 @@ class Policy:
     permanent: tuple[type[BaseException], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.lease < 0.05:
-            raise ConfigurationError("lease must be at least 0.05 seconds")
-        if self.retention < self.lease:
-            raise ConfigurationError("retention must be at least as long as the lease")
-        if self.max_attempts < 1:
-            raise ConfigurationError("max_attempts must be at least 1")
-        if self.busy_delay <= 0:
-            raise ConfigurationError("busy_delay must be more than 0 seconds")
+        # Each is said as what must hold, so that NaN, which fails every comparison, is refused too.
+        if not 0.05 <= self.lease < math.inf:
+            raise ConfigurationError("lease must be at least 0.05 seconds, and finite")
+        if not self.lease <= self.retention < math.inf:
+            raise ConfigurationError("retention must be at least as long as the lease, and finite")
+        if not isinstance(self.max_attempts, int) or self.max_attempts < 1:
+            raise ConfigurationError("max_attempts must be a whole number of at least 1")
+        if not 0 < self.busy_delay < math.inf:
+            raise ConfigurationError("busy_delay must be more than 0 seconds, and finite")
+        if not isinstance(self.permanent, tuple) or not all(
+            isinstance(kind, type) and issubclass(kind, BaseException) for kind in self.permanent
+        ):
+            # Found out only when a handler raised, it would end the consumer in the middle of a failure.
+            raise ConfigurationError("permanent must be a tuple of exception classes")
