@@ -201,7 +201,7 @@ class ClaimContract:
         assert won(outcomes[0]).attempt == 1
 
     def test_a_takeover_asked_again_is_still_a_takeover(self, contract_store: Subject) -> None:
-        """Rule 2: the reply of a takeover got lost; its repeat says `taken_over` again, or no quarantine would follow."""
+        """Rule 2: a takeover whose reply was lost is told again as one: a quarantine depends on it."""
         store, key = contract_store.store, new_key()
         take(store, key, lease=SHORT)
         contract_store.outlast(SHORT)
@@ -577,6 +577,7 @@ class FingerprintContract:
         contract_store.outlast(SHORT)
         take(store, key, fingerprint=self.A)
         assert store.claim(ask(key, fingerprint=self.B)) == Conflict(State.IN_PROGRESS)
+        assert isinstance(store.claim(ask(key, fingerprint=self.A)), Busy)
 
     def test_the_holder_itself_does_not_conflict(self, contract_store: Subject) -> None:
         """Rule 2 comes before rule 3: the holder's own nonce is recognised whatever it says of the body."""
