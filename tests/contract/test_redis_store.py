@@ -1,0 +1,391 @@
+"""What is special to the Redis store: a server full, paused, read-only, killed or forgetful, and redis-py's retries."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from private_redis import PrivateRedis
+from redis import Connection, ConnectionPool, Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import NoPermissionError, OutOfMemoryError, ReadOnlyError, ResponseError, TimeoutError
+from redis.retry import Retry
+from suite import ask, complete, new_key, release, renew, take, won
+
+import servers
+from idempotent_bus.errors import ConfigurationError, StoreUnavailable
+from idempotent_bus.model import Busy, Completed, Hold
+from idempotent_bus.stores import open_store
+from idempotent_bus.stores.redis import RedisStore, open_redis
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateRedis]:
+    server = PrivateRedis(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def store(server: PrivateRedis) -> Iterator[RedisStore]:
+    store = open_redis(server.url)
+    yield store
+    store.close()
+
+
+# --- how it is opened ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["a{b", "a}b", "{a}"])
+def test_braces_in_the_prefix_are_refused(prefix: str) -> None:
+    """Braces would move the cluster slot of every key."""
+    with pytest.raises(ConfigurationError, match="braces"):
+        open_store("redis://127.0.0.1:1/0", prefix=prefix)
+
+
+def test_a_decoding_client_is_refused() -> None:
+    """A client that decodes replies cannot carry results that are bytes."""
+    with pytest.raises(ConfigurationError, match="decode_responses"):
+        RedisStore(Redis(decode_responses=True))
+    with pytest.raises(ConfigurationError, match="decode_responses"):
+        open_store("redis://127.0.0.1:1/0?decode_responses=yes")
+
+
+def test_timeouts_by_default_and_by_url() -> None:
+    """A stalled server cannot hang a consumer for ever; the URL's own timeout wins."""
+    plain: Any = open_store("redis://127.0.0.1:1/0")
+    told: Any = open_store("redis://127.0.0.1:1/0?socket_timeout=17", socket_connect_timeout=19)
+    settings = plain._client.get_connection_kwargs()
+    assert 0 < settings["socket_timeout"] <= 5
+    assert 0 < settings["socket_connect_timeout"] <= 5
+    assert told._client.get_connection_kwargs()["socket_timeout"] == 17
+    assert told._client.get_connection_kwargs()["socket_connect_timeout"] == 19
+
+
+def test_prefixes_share_nothing(unique: str) -> None:
+    """I14: the same key under two prefixes is two records, and neither sees the other."""
+    left, right = (open_store(servers.redis(), prefix=f"{unique}{side}:") for side in "ab")
+    key = new_key()
+    hold, _ = take(left, key)
+    take(right, key)
+    assert not complete(right, hold)
+    assert complete(left, hold)
+    assert isinstance(right.claim(ask(key)), Busy)
+    with Redis.from_url(servers.redis()) as client:
+        assert client.delete(*client.scan_iter(match=f"{unique}*", count=1000)) == 4  # a record and a counter each
+
+
+def test_neither_key_nor_password_is_in_the_error() -> None:
+    """Errors carry no credential and no key; the driver's error is chained."""
+    store = open_store("redis://:geheim@127.0.0.1:1/0")
+    key = new_key()
+    with pytest.raises(StoreUnavailable) as caught:
+        store.claim(ask(key))
+    assert "geheim" not in str(caught.value)
+    assert repr(key)[2:-1] not in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+# --- records and tokens ------------------------------------------------------------------------------------
+
+
+def test_a_completed_record_is_small(server: PrivateRedis, store: RedisStore) -> None:
+    """The docstring's number of bytes for a completed record without a result holds."""
+    hold, _ = take(store, new_key(), fingerprint=b"8 bytes!")
+    assert complete(store, hold, None)
+    name = b"idempotent-bus:{%02x}:%s" % (hold.key[0], hold.key)
+    assert server.client.object("encoding", name) == b"embstr"
+    assert server.client.memory_usage(name) <= 136
+
+
+def test_every_record_expires_and_no_counter_does(server: PrivateRedis, store: RedisStore) -> None:
+    """A claimed, a renewed, a completed and a released record all have an expiry, so that no purge is needed."""
+    server.client.flushall()
+    for number in range(20):
+        hold, _ = take(store, new_key())
+        (renew, complete, release, renew)[number % 4](store, hold)
+    for name in server.client.scan_iter(count=1000):
+        assert (server.client.pttl(name) == -1) is name.endswith(b"token")
+
+
+def test_tokens_grow_past_a_lost_counter_and_a_clock_that_went_back(server: PrivateRedis, store: RedisStore) -> None:
+    """I6: without its counter a token follows the clock; with a counter ahead of the clock, the counter."""
+    key = new_key()
+    counter = b"idempotent-bus:{%02x}:token" % key[0]
+    hold, first = take(store, key)
+    assert release(store, hold)
+    server.client.delete(counter)  # what a flush or a failover does
+    hold, second = take(store, key)
+    assert second.token > first.token
+    assert release(store, hold)
+    ahead = second.token + 3_600_000_000  # as if the clock had gone back by an hour since
+    server.client.set(counter, ahead)
+    tokens = []
+    for _ in range(3):
+        hold, claimed = take(store, key)
+        tokens.append(claimed.token)
+        assert release(store, hold)
+    assert tokens == [ahead + 1, ahead + 2, ahead + 3]
+
+
+def test_a_batch_is_one_command(server: PrivateRedis, store: RedisStore) -> None:
+    """A hundred claims are one EVALSHA, and so are a hundred renewals."""
+    store.claim(ask(new_key()))
+    requests = [ask(new_key()) for _ in range(100)]
+    before = server.client.info("commandstats")["cmdstat_evalsha"]["calls"]
+    claims = store.claim_many(requests)
+    holds = [
+        Hold(request.key, won(claim).token, request.nonce) for request, claim in zip(requests, claims, strict=True)
+    ]
+    assert store.renew_many(holds, lease=600.0, retention=600.0) == [True] * 100
+    calls = server.client.info("commandstats")["cmdstat_evalsha"]["calls"] - before
+    assert calls - server.client.info("commandstats")["cmdstat_evalsha"]["failed_calls"] <= 2
+
+
+# --- a server in trouble -------------------------------------------------------------------------------------
+
+
+def test_flushed_scripts_are_sent_again(server: PrivateRedis, store: RedisStore) -> None:
+    """After SCRIPT FLUSH, or on a new server, every verb goes on without anybody noticing."""
+    hold, _ = take(store, new_key())
+    for verb in (renew, complete):
+        server.client.script_flush()
+        assert verb(store, hold)
+    server.client.script_flush()
+    record = store.lookup(hold.key)
+    assert record is not None
+    server.client.script_flush()
+    hold, _ = take(store, new_key())
+    server.client.script_flush()
+    assert release(store, hold)
+    server.client.script_flush()
+    assert len(store.claim_many([ask(new_key()), ask(new_key())])) == 2
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl", "volatile-random"])
+def test_a_server_that_evicts_is_refused(server: PrivateRedis, policy: str) -> None:
+    """A server that may drop records silently is refused at the first use, unless the user takes the risk."""
+    server.client.config_set("maxmemory-policy", policy)
+    try:
+        store = open_store(server.url)
+        for _ in range(2):
+            with pytest.raises(ConfigurationError, match="noeviction"):
+                store.claim(ask(new_key()))
+        take(open_store(server.url, allow_eviction=True), new_key())
+        server.client.config_set("maxmemory-policy", "noeviction")
+        take(store, new_key())
+    finally:
+        server.client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_where_the_server_does_not_tell_the_check_is_skipped(server: PrivateRedis) -> None:
+    """A user without the right to ask about the server's memory can still use the store."""
+    server.client.acl_setuser("limited", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-info", "-config"])
+    with pytest.raises(NoPermissionError):
+        Redis(port=server.port, username="limited", password="x").info("memory")
+    take(open_store(f"redis://limited:x@127.0.0.1:{server.port}/0"), new_key())
+
+
+def test_a_full_server_lets_running_work_end(server: PrivateRedis, store: RedisStore) -> None:
+    """Out of memory: new claims are refused as unavailable; what runs is renewed, completed and released."""
+    first, second = (take(store, new_key())[0] for _ in range(2))
+    server.client.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(StoreUnavailable) as caught:
+            store.claim(ask(new_key()))
+        assert isinstance(caught.value.__cause__, OutOfMemoryError)
+        assert renew(store, first)
+        assert complete(store, first, b"done")
+        assert release(store, second)
+        assert store.claim(ask(first.key)) == Completed(b"done")  # reads, so it is allowed
+        with pytest.raises(OutOfMemoryError):  # control: a plain SET of the same size is refused
+            server.client.set(b"x" * 36, b"y" * 45)
+    finally:
+        server.client.config_set("maxmemory", 0)
+
+
+def test_a_replica_refuses(server: PrivateRedis, store: RedisStore) -> None:
+    """I9: a server that became a replica does nothing and says so."""
+    hold, _ = take(store, new_key())
+    server.client.replicaof("127.0.0.1", "1")
+    try:
+        for call in (lambda: store.claim(ask(new_key())), lambda: complete(store, hold)):
+            with pytest.raises(StoreUnavailable) as caught:
+                call()
+            assert isinstance(caught.value.__cause__, ReadOnlyError)
+    finally:
+        server.client.replicaof("NO", "ONE")
+    assert complete(store, hold)
+
+
+def test_a_record_of_another_make_is_not_guessed_at(server: PrivateRedis, store: RedisStore) -> None:
+    """I9: where a key holds something that is no record, the outcome is unknown."""
+    key = new_key()
+    server.client.rpush(b"idempotent-bus:{%02x}:%s" % (key[0], key), "a list")
+    with pytest.raises(StoreUnavailable) as caught:
+        store.claim(ask(key))
+    assert isinstance(caught.value.__cause__, ResponseError)
+
+
+def test_a_stalled_server_does_not_hang_and_the_repeat_is_recognised(server: PrivateRedis) -> None:
+    """A server that stops answering raises within the timeouts; asked again afterwards, the same claim is attempt 1."""
+    store = open_store(server.url + "?socket_timeout=0.2")
+    take(store, new_key())
+    request = ask(new_key())
+    server.pause()
+    try:
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable) as caught:
+            store.claim(request)
+        assert time.monotonic() - began < 5
+        assert isinstance(caught.value.__cause__, TimeoutError)
+    finally:
+        server.resume()
+    claimed = won(store.claim(request))
+    assert claimed.attempt == 1
+    assert complete(store, Hold(request.key, claimed.token, request.nonce))
+
+
+# --- redis-py's own retries, and forks -------------------------------------------------------------------------
+
+
+class LostReplies(Connection):
+    """Loses the reply of every first send of a command on a script: the server has done it, the client cannot know."""
+
+    lost = 0
+    armed = False
+
+    def send_command(self, *args: Any, **kwargs: Any) -> Any:
+        self.command = args[0]
+        return super().send_command(*args, **kwargs)
+
+    def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        reply = super().read_response(*args, **kwargs)
+        if LostReplies.armed and self.command in ("EVALSHA", "EVAL", "INCRBY"):
+            LostReplies.armed = False
+            LostReplies.lost += 1
+            raise TimeoutError("the reply was lost")
+        return reply
+
+
+def test_silent_retries_of_the_driver_are_harmless(server: PrivateRedis) -> None:
+    """I15: redis-py resends a command whose reply was lost. Every verb then tells the outcome of the first send."""
+    pool = ConnectionPool.from_url(server.url, connection_class=LostReplies, retry=Retry(NoBackoff(), 1))
+    client = Redis(connection_pool=pool)
+    store = RedisStore(client)
+
+    def losing(call: Any) -> Any:
+        LostReplies.armed = True
+        before = LostReplies.lost
+        answer = call()
+        assert LostReplies.lost == before + 1
+        return answer
+
+    assert losing(lambda: client.incr("control")) == 2  # control: a verb that may not be repeated is done twice
+    for _ in range(2):  # the first round sends the scripts' texts too
+        request = ask(new_key())
+        claimed = won(losing(lambda: store.claim(request)))  # noqa: B023 - called at once
+        assert claimed.attempt == 1
+        hold = Hold(request.key, claimed.token, request.nonce)
+        assert losing(lambda: renew(store, hold))  # noqa: B023 - called at once
+        assert losing(lambda: release(store, hold, attempts=1))  # noqa: B023 - called at once
+        hold, again = take(store, request.key)
+        assert again.attempt == 2
+        assert losing(lambda: complete(store, hold, b"result"))  # noqa: B023 - called at once
+        assert losing(lambda: store.claim(ask(request.key))) == Completed(b"result")  # noqa: B023 - called at once
+        batch = [ask(new_key()) for _ in range(10)]
+        assert [won(outcome).attempt for outcome in losing(lambda: store.claim_many(batch))] == [1] * 10  # noqa: B023
+        assert losing(lambda: store.renew_many([hold], lease=9.0, retention=9.0)) == [False]  # noqa: B023
+    client.close()
+
+
+def test_a_forked_process_uses_connections_of_its_own(server: PrivateRedis) -> None:
+    """Parent and children go on with the store that was opened, and used, before the fork; no answer is mixed up."""
+    script = textwrap.dedent("""
+        import os, sys
+        from idempotent_bus.model import ClaimRequest, Claimed, Completed, Hold
+        from idempotent_bus.stores import open_store
+
+        store = open_store(sys.argv[1])
+        def work(times):
+            for _ in range(times):
+                key, nonce = os.urandom(16), os.urandom(16)
+                claimed = store.claim(ClaimRequest(key, nonce, 60.0, 60.0))
+                assert isinstance(claimed, Claimed), claimed
+                assert store.complete(Hold(key, claimed.token, nonce), result=key, retention=60.0)
+                assert store.claim(ClaimRequest(key, os.urandom(16), 60.0, 60.0)) == Completed(key)
+        work(1)
+        children = []
+        for _ in range(3):
+            child = os.fork()
+            if child == 0:
+                try:
+                    work(200)
+                except BaseException as error:
+                    print(repr(error), file=sys.stderr, flush=True)
+                    os._exit(1)
+                os._exit(0)
+            children.append(child)
+        work(200)
+        sys.exit(max(os.waitpid(child, 0)[1] for child in children))
+    """)
+    done = subprocess.run([sys.executable, "-c", script, server.url], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+# --- death of the server ---------------------------------------------------------------------------------------
+
+
+def test_records_and_tokens_survive_the_death_of_the_server(tmp_path: Path) -> None:
+    """AOF, everysec, SIGKILL in the middle of writes: whatever was answered is still so, and tokens go on growing.
+
+    What the server wrote to its file before answering survives the death of the process, also before it is synced to
+    the disk; a power cut could cost the last second, which no test on one machine can show.
+    """
+    server = PrivateRedis(tmp_path, "--appendonly", "yes", "--appendfsync", "everysec")
+    try:
+        store = open_store(server.url)
+        for _ in range(3):
+            done = [take(store, new_key())[0] for _ in range(200)]
+            assert all(complete(store, hold, hold.key) for hold in done)
+            held, claimed = take(store, new_key())
+            given, _ = take(store, new_key())
+            assert release(store, given, attempts=3)
+            server.kill()
+            with pytest.raises(StoreUnavailable):
+                store.claim(ask(new_key()))
+            server.start()
+            for hold in done:
+                assert store.claim(ask(hold.key)) == Completed(hold.key)
+            assert isinstance(store.claim(ask(held.key)), Busy)
+            assert complete(store, held)
+            _, again = take(store, given.key)
+            assert again.attempt == 4
+            assert again.token > given.token
+            _, fresh = take(store, held.key[:1] + os.urandom(15))  # the same counter
+            assert fresh.token > claimed.token
+    finally:
+        server.stop()
+
+
+def test_without_persistence_a_death_forgets(tmp_path: Path) -> None:
+    """Control: without the append-only file the same death loses every record; only the clock keeps tokens growing."""
+    server = PrivateRedis(tmp_path)
+    try:
+        store = open_store(server.url)
+        hold, first = take(store, new_key())
+        assert complete(store, hold)
+        server.kill()
+        server.start()
+        _, again = take(store, hold.key)
+        assert again.attempt == 1
+        assert again.token > first.token
+    finally:
+        server.stop()
