@@ -10,10 +10,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
+from weakref import WeakSet
 
-from .errors import StoreError
 from .hooks import RENEW, Step, direct
 from .model import Hold
 from .store import BatchStore, Store
@@ -55,9 +55,9 @@ class LeaseKeeper:
         self._step = step
         self._threaded = threaded
         self._reset()
+        _keepers.add(self)
 
     def _reset(self) -> None:
-        self._pid = os.getpid()
         self._running: dict[Hold, Renewable] = {}
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -66,8 +66,6 @@ class LeaseKeeper:
 
     def add(self, execution: Renewable) -> None:
         """Keep this execution's lease alive from now on."""
-        if self._pid != os.getpid():
-            self._reset()
         self._running[execution.hold] = execution
         if execution.lease < self._shortest:
             with self._lock:
@@ -76,8 +74,9 @@ class LeaseKeeper:
         if self._threaded and self._thread is None:
             with self._lock:
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._loop, name="idempotent-bus-leases", daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=self._loop, name="idempotent-bus-leases", daemon=True)
+                    thread.start()
+                    self._thread = thread  # only once it runs: if it cannot start now, the next `add` tries again
 
     def remove(self, execution: Renewable) -> None:
         """Stop renewing it; harmless if it is not there."""
@@ -91,23 +90,31 @@ class LeaseKeeper:
         for execution in due:
             groups.setdefault((execution.lease, execution.retention), []).append(execution)
         for (lease, retention), group in groups.items():
-            try:
-                kept = self._renew([e.hold for e in group], lease, retention)
-            except StoreError as error:
-                # The lease still runs; the next round tries again. If it lapses, the token decides.
-                log.warning("could not renew %d leases: %s", len(group), error)
-                continue
-            for execution, still_ours in zip(group, kept, strict=True):
+            holds = [e.hold for e in group]
+            for execution, still_ours in zip(group, self._renew(holds, lease, retention), strict=True):
                 if still_ours:
                     execution.renewed_at = now
+                elif still_ours is None:
+                    continue  # not known: the lease still runs, the next round asks again; if it lapses, the token decides
                 elif self._running.pop(execution.hold, None) is not None:
                     execution.on_lease_lost()
 
-    def _renew(self, holds: list[Hold], lease: float, retention: float) -> list[bool]:
-        store = self._store()
-        if len(holds) > 1 and isinstance(store, BatchStore):
-            return self._step(RENEW, store.renew_many, holds, lease=lease, retention=retention)
-        return [self._step(RENEW, store.renew, hold, lease=lease, retention=retention) for hold in holds]
+    def _renew(self, holds: list[Hold], lease: float, retention: float) -> Sequence[bool | None]:
+        try:
+            store = self._store()
+            if len(holds) > 1 and isinstance(store, BatchStore):
+                return self._step(RENEW, store.renew_many, holds, lease=lease, retention=retention)
+        except Exception as error:  # noqa: BLE001 - an error that a store let out must not cost other groups their leases
+            log.warning("could not renew %d leases: %s", len(holds), error)
+            return [None] * len(holds)
+        return [self._renew_one(store, hold, lease, retention) for hold in holds]
+
+    def _renew_one(self, store: Store, hold: Hold, lease: float, retention: float) -> bool | None:
+        try:
+            return self._step(RENEW, store.renew, hold, lease=lease, retention=retention)
+        except Exception as error:  # noqa: BLE001 - one record out of reach must not cost the others their leases
+            log.warning("could not renew a lease: %s", error)
+            return None
 
     def _loop(self) -> None:
         while True:
@@ -118,3 +125,17 @@ class LeaseKeeper:
                     self.tick()
                 except Exception:  # the thread must outlive any surprise: without it every long handler is run twice
                     log.exception("a round of lease renewals failed")
+
+
+#: All keepers of this process. A forked child has their objects, but not their thread, and none of what they renew
+#: runs in it. They are emptied in the fork itself: later, two threads of the child could get into each other's way.
+_keepers: WeakSet[LeaseKeeper] = WeakSet()
+
+
+def _empty_all() -> None:
+    for keeper in list(_keepers):
+        keeper._reset()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_empty_all)
