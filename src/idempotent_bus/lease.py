@@ -95,7 +95,7 @@ class LeaseKeeper:
                 if still_ours:
                     execution.renewed_at = now
                 elif still_ours is None:
-                    continue  # not known: the lease still runs, the next round asks again; if it lapses, the token decides
+                    continue  # not known: the lease still runs, the next round asks again; once lapsed, the token decides
                 elif self._running.pop(execution.hold, None) is not None:
                     execution.on_lease_lost()
 

@@ -51,7 +51,10 @@ def open_store(url: str, **options: Any) -> Store:
         return opener(url, **options)
     except ImportError as error:
         extra = _EXTRAS.get(scheme)
-        hint = f"pip install 'idempotent-bus[{extra}]'" if extra else f"install the package {error.name!r}"
+        if extra:
+            hint = f"pip install 'idempotent-bus[{extra}]'"
+        else:
+            hint = f"install the package {error.name!r}" if error.name else str(error)
         raise ConfigurationError(f"the store {scheme!r} needs a package that is not installed: {hint}") from error
 
 
@@ -60,22 +63,33 @@ def store_source(store: StoreSource) -> Callable[[], Store]:
 
     A process that was forked opens its own: connections must not be shared across a fork. A Store that was
     passed in as an object is used as it is.
+
+    Raises ConfigurationError for what is none of the three.
     """
     if not isinstance(store, str) and not callable(store):
+        if not hasattr(store, "claim"):
+            raise ConfigurationError(
+                f"store must be a Store, a URL such as sqlite:///dedup.db, or a function that gives a Store; "
+                f"this is of type {type(store).__name__}"
+            )
         return lambda: store
     opener: Callable[[], Store] = (lambda: open_store(store)) if isinstance(store, str) else store
-    lock = threading.Lock()
+    # A lock for each process: in a forked child the parent's may be held by a thread that is not there.
+    locks: dict[int, threading.Lock] = {}
     opened: dict[int, Store] = {}
+    inherited: list[Store] = []
 
     def get() -> Store:
         pid = os.getpid()
         found = opened.get(pid)
         if found is None:
-            with lock:
+            with locks.setdefault(pid, threading.Lock()):
                 found = opened.get(pid)
                 if found is None:
                     found = opener()
-                    opened.clear()  # a parent's store must be neither used nor closed here
+                    # A parent's store must not be used here, nor closed, as letting go of it might do.
+                    inherited.extend(opened.values())
+                    opened.clear()
                     opened[pid] = found
         return found
 
