@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 from typing import Any
 
 import sqlalchemy as sa
 from kombu import Connection, Exchange, Producer, Queue
+from kombu.exceptions import OperationalError as KombuOperationalError
 
 from ..hooks import PUBLISH
 from ..producer import IdempotentProducer
@@ -48,12 +50,16 @@ def _send_naively(connection: Connection, settings: Settings, faults: Faults) ->
     exchange, queue = topology(settings)
     if settings.broker.startswith(("amqp", "pyamqp")):
         connection.transport_options["confirm_publish"] = True
-    lost = sa.exc.OperationalError("commit", None, ConnectionResetError()) if "sqla" in settings.broker else None
+    sqla = "sqla" in settings.broker
     producer = _LosingProducer(connection, exchange=exchange, routing_key=ROUTING_KEY)
-    producer.lose = functools.partial(_lose, faults, lost)
+    producer.lose = functools.partial(_lose, faults, sqla)
     policy = {"max_retries": 10, "interval_start": 0, "interval_step": 0.05}
-    for row in settings.rows:
-        producer.publish(row, declare=[queue], retry=True, retry_policy=policy)
+    rows = list(reversed(settings.rows))
+    while rows:
+        # kombu gives up on some transports when a second try fails too; a sender that must not lose tries again.
+        with contextlib.suppress(KombuOperationalError, sa.exc.OperationalError, OSError):
+            producer.publish(rows[-1], declare=[queue], retry=True, retry_policy=policy)
+            rows.pop()
 
 
 class _LosingProducer(Producer):  # type: ignore[misc]  # kombu has no types
@@ -65,10 +71,11 @@ class _LosingProducer(Producer):  # type: ignore[misc]  # kombu has no types
         return self.lose(super()._publish, *args, **kwargs)
 
 
-def _lose(faults: Faults, lost: Exception | None, publish: Any, *args: Any, **kwargs: Any) -> Any:
+def _lose(faults: Faults, sqla: bool, publish: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return faults(PUBLISH, publish, *args, **kwargs)
     except ConnectionResetError:
-        if lost is None:
+        if not sqla:
             raise
-        raise lost from None  # the only error that kombu's SQLAlchemy transport takes for a lost connection
+        # The only error that kombu's SQLAlchemy transport takes for a lost connection.
+        raise sa.exc.OperationalError("commit", None, ConnectionResetError()) from None
