@@ -95,7 +95,8 @@ class LeaseKeeper:
                 if still_ours:
                     execution.renewed_at = now
                 elif still_ours is None:
-                    continue  # not known: the lease still runs, the next round asks again; once lapsed, the token decides
+                    # Not known: the lease still runs, and the next round asks again. If it lapses, the token decides.
+                    continue
                 elif self._running.pop(execution.hold, None) is not None:
                     execution.on_lease_lost()
 
