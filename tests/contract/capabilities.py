@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from suite import LONG, SHORT, Subject, ask, complete, new_key, race, release, renew, take, won
+from suite import LONG, ROUNDING, SHORT, Subject, ask, complete, new_key, race, release, renew, take, won
 
 from idempotent_bus.errors import StoreUnavailable
 from idempotent_bus.model import Busy, Claimed, ClaimOutcome, ClaimRequest, Completed, Conflict, Hold, Record, State
@@ -154,8 +154,8 @@ class LookupContract:
         hold, claimed = take(store, key, nonce=nonce, reserve=True, fingerprint=A, redrive=2, lease=60.0)
         record = store.lookup(key)
         assert _still(record) == (key, State.RESERVED, claimed.token, 0, 2, A, None)
-        assert 30 < record.lease_left <= 60
-        assert 60 < record.retention_left <= 60 + LONG
+        assert 30 < record.lease_left <= 60 + ROUNDING
+        assert 60 < record.retention_left <= 60 + LONG + ROUNDING
         assert release(store, hold, attempts=3)
         record = store.lookup(key)
         assert _still(record) == (key, State.RELEASED, claimed.token, 3, 2, A, None)
@@ -166,7 +166,7 @@ class LookupContract:
         record = store.lookup(key)
         assert _still(record) == (key, State.COMPLETED, claimed.token, 4, 2, None, b"\0\xffresult")
         assert record.lease_left == 0
-        assert LONG / 2 < record.retention_left <= LONG
+        assert LONG / 2 < record.retention_left <= LONG + ROUNDING
 
     def test_it_changes_nothing(self, contract_store: Subject) -> None:
         """A look-up neither renews, nor counts, nor takes over, nor brings back what was forgotten."""

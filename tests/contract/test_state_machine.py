@@ -1,0 +1,240 @@
+"""Any order of verbs by three workers on two keys: a store and a dictionary must agree on every answer.
+
+Time is made certain: a lease or retention is either long, and never ends, or a millisecond, and is outlasted at
+once; so the model needs no clock, and no answer depends on how quick the machine is.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from stores import KNOWN_GAPS
+from suite import LONG, Subject, new_key
+from test_mutants import MEMORY, mutated_memory
+
+from idempotent_bus.model import Busy, Claimed, ClaimRequest, Completed, Conflict, Hold, State
+
+TINY = 0.001
+HELD = (State.RESERVED, State.IN_PROGRESS)
+
+WORKERS = st.integers(0, 2)
+KEYS = st.integers(0, 1)
+DURATIONS = st.sampled_from([LONG, LONG, TINY])
+FINGERPRINTS = st.sampled_from([None, b"finger A", b"finger B"])
+RESULTS = st.sampled_from([None, b"", b"\0result\xff"])
+
+
+@dataclass
+class Entry:
+    """What the model knows of a record."""
+
+    state: State
+    nonce: bytes
+    token: int
+    attempts: int
+    redrive: int
+    fingerprint: bytes | None
+    lapsed: bool
+    taken_over: bool
+    result: bytes | None = None
+
+
+class Agreement(RuleBasedStateMachine):
+    """A store beside its model. `subject` is set by the test."""
+
+    subject: Subject
+    forgets_takeovers: bool
+
+    @initialize()
+    def begin(self) -> None:
+        self.store: Any = self.subject.store
+        self.keys = [new_key(), new_key()]
+        self.entries: dict[int, Entry] = {}
+        self.tokens = {0: 0, 1: 0}
+        # Each worker's latest claim of each key: what it would repeat, renew or complete, however stale by now.
+        self.requests: dict[tuple[int, int], ClaimRequest] = {}
+        self.holds: dict[tuple[int, int], Hold] = {}
+
+    @rule(
+        worker=WORKERS,
+        key=KEYS,
+        lease=DURATIONS,
+        retention=DURATIONS,
+        fingerprint=FINGERPRINTS,
+        redrive=st.integers(0, 2),
+        reserve=st.booleans(),
+        batch=st.booleans(),
+    )
+    def claim(self, worker: int, key: int, batch: bool, **values: Any) -> None:
+        self.requests[worker, key] = ClaimRequest(self.keys[key], os.urandom(16), **values)
+        self._claim(worker, key, batch)
+
+    @rule(worker=WORKERS, key=KEYS, batch=st.booleans())
+    def claim_again(self, worker: int, key: int, batch: bool) -> None:
+        if (worker, key) in self.requests:
+            self._claim(worker, key, batch)
+
+    def _claim(self, worker: int, key: int, batch: bool) -> None:
+        request = self.requests[worker, key]
+        outcome = self.store.claim_many([request])[0] if batch else self.store.claim(request)
+        entry = self.entries.get(key)
+        if entry and entry.state in HELD and entry.nonce == request.nonce:
+            told = entry.taken_over and not self.forgets_takeovers
+            assert outcome == Claimed(entry.token, self._attempt(entry), told)
+        elif entry and entry.state is not State.RELEASED and self._differ(entry, request):
+            assert outcome == Conflict(entry.state)
+            return
+        elif entry and entry.state is State.COMPLETED:
+            assert outcome == Completed(entry.result)
+            return
+        elif entry and entry.state in HELD and not entry.lapsed:
+            assert isinstance(outcome, Busy)
+            assert 0 < outcome.retry_after <= LONG + 1e-6  # a float's rounding
+            return
+        else:
+            assert isinstance(outcome, Claimed)
+            assert outcome.token > self.tokens[key]
+            self.tokens[key] = outcome.token
+            taken_over = entry is not None and entry.state is State.IN_PROGRESS
+            attempts = entry.attempts if entry and request.redrive <= entry.redrive else 0
+            self.entries[key] = entry = Entry(
+                state=State.RESERVED if request.reserve else State.IN_PROGRESS,
+                nonce=request.nonce,
+                token=outcome.token,
+                attempts=attempts + (not request.reserve),
+                redrive=max(request.redrive, entry.redrive if entry else 0),
+                fingerprint=request.fingerprint,
+                lapsed=False,
+                taken_over=taken_over,
+            )
+            assert outcome == Claimed(entry.token, self._attempt(entry), taken_over)
+            self.holds[worker, key] = Hold(self.keys[key], outcome.token, request.nonce)
+        self._hold_for(key, request.lease, request.retention)
+
+    @staticmethod
+    def _attempt(entry: Entry) -> int:
+        return entry.attempts + (entry.state is State.RESERVED)
+
+    @staticmethod
+    def _differ(entry: Entry, request: ClaimRequest) -> bool:
+        return None not in (entry.fingerprint, request.fingerprint) and entry.fingerprint != request.fingerprint
+
+    def _hold_for(self, key: int, lease: float, retention: float) -> None:
+        self.entries[key].lapsed = lease == TINY
+        self._keep_for(key, lease + retention)
+
+    def _keep_for(self, key: int, seconds: float) -> None:
+        if seconds < LONG:
+            self.subject.outlast(2 * TINY)
+            del self.entries[key]
+        elif key in self.entries and self.entries[key].lapsed:
+            self.subject.outlast(TINY)
+
+    def _owned(self, worker: int, key: int, *states: State) -> Entry | None:
+        entry, hold = self.entries.get(key), self.holds[worker, key]
+        if entry and entry.state in states and (entry.token, entry.nonce) == (hold.token, hold.nonce):
+            return entry
+        return None
+
+    @rule(worker=WORKERS, key=KEYS, lease=DURATIONS, retention=DURATIONS, batch=st.booleans())
+    def renew(self, worker: int, key: int, batch: bool, lease: float, retention: float) -> None:
+        if (worker, key) not in self.holds:
+            return
+        hold, entry = self.holds[worker, key], self._owned(worker, key, *HELD)
+        if batch:
+            answer = self.store.renew_many([hold], lease=lease, retention=retention)[0]
+        else:
+            answer = self.store.renew(hold, lease=lease, retention=retention)
+        assert answer is (entry is not None)
+        if entry:
+            self._hold_for(key, lease, retention)
+
+    @rule(worker=WORKERS, key=KEYS, result=RESULTS, retention=DURATIONS)
+    def complete(self, worker: int, key: int, result: bytes | None, retention: float) -> None:
+        if (worker, key) not in self.holds:
+            return
+        entry = self._owned(worker, key, *HELD, State.COMPLETED)
+        answer = self.store.complete(self.holds[worker, key], result=result, retention=retention)
+        assert answer is (entry is not None)
+        if entry and entry.state is not State.COMPLETED:
+            entry.state, entry.result, entry.lapsed = State.COMPLETED, result, False
+            self._keep_for(key, retention)
+
+    @rule(worker=WORKERS, key=KEYS, attempts=st.integers(0, 5), retention=DURATIONS)
+    def release(self, worker: int, key: int, attempts: int, retention: float) -> None:
+        if (worker, key) not in self.holds:
+            return
+        entry = self._owned(worker, key, *HELD, State.RELEASED)
+        answer = self.store.release(self.holds[worker, key], attempts=attempts, retention=retention)
+        assert answer is (entry is not None)
+        if entry:
+            entry.state, entry.attempts, entry.lapsed = State.RELEASED, attempts, False
+            self._keep_for(key, retention)
+
+    @rule(key=KEYS, older=st.booleans(), lease=DURATIONS, retention=DURATIONS)
+    def meddle(self, key: int, older: bool, lease: float, retention: float) -> None:
+        """With the right nonce and an older token, or the right token and another nonce, nothing is to be had."""
+        if entry := self.entries.get(key):
+            token, nonce = (entry.token - 1, entry.nonce) if older else (entry.token, os.urandom(16))
+            hold = Hold(self.keys[key], token, nonce)
+            assert not self.store.renew(hold, lease=lease, retention=retention)
+            assert not self.store.complete(hold, result=b"meddled", retention=retention)
+            assert not self.store.release(hold, attempts=0, retention=retention)
+
+    @rule(key=KEYS)
+    def lookup(self, key: int) -> None:
+        record, entry = self.store.lookup(self.keys[key]), self.entries.get(key)
+        assert (record is None) is (entry is None)
+        if entry:
+            seen = (record.state, record.token, record.attempts, record.redrive, record.fingerprint, record.result)
+            expected = (entry.state, entry.token, entry.attempts, entry.redrive, entry.fingerprint, entry.result)
+            assert seen == expected
+            assert (record.lease_left > 0) is (entry.state in HELD and not entry.lapsed)
+
+    @rule()
+    def purge(self) -> None:
+        if hasattr(self.store, "purge"):
+            self.store.purge()
+
+
+EXAMPLES = {"memory": 100, "sqlite": 30, "redis": 30}
+LONGER = 20 if os.environ.get("IDEMPOTENT_BUS_LONG") else 1
+
+
+def agree(subject: Subject, examples: int, forgets_takeovers: bool, phases: tuple[Phase, ...] = tuple(Phase)) -> None:
+    machine = type("Machine", (Agreement,), {"subject": subject, "forgets_takeovers": forgets_takeovers})
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        machine,
+        settings=settings(
+            max_examples=examples * LONGER,
+            stateful_step_count=40,
+            deadline=None,
+            database=None,
+            derandomize=LONGER == 1,
+            report_multiple_bugs=False,
+            phases=phases,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+@pytest.mark.parametrize("contract_store", EXAMPLES, indirect=True)
+def test_a_store_agrees_with_its_model(contract_store: Subject, request: pytest.FixtureRequest) -> None:
+    """Whatever is asked in whatever order, the store answers as the contract's rules say."""
+    name = request.node.callspec.params["contract_store"]
+    gap = (name, "test_a_takeover_asked_again_is_still_a_takeover") in KNOWN_GAPS
+    agree(contract_store, EXAMPLES[name], gap)
+
+
+@pytest.mark.parametrize("name", ["token not compared", "nonce not compared", "takeover not told", "no conflicts"])
+def test_the_model_notices(name: str) -> None:
+    """Control: without a protection the store and the model disagree."""
+    mutant = next(mutant for mutant in MEMORY if mutant.name == name)
+    with pytest.raises(AssertionError):
+        agree(mutated_memory(mutant), EXAMPLES["memory"], True, (Phase.generate,))
