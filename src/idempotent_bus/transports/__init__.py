@@ -20,6 +20,9 @@ from kombu.transport import TRANSPORT_ALIASES
 __all__ = ["register"]
 
 _ALIASES = {
+    "idempotent-redis": "idempotent_bus.transports.redis:Transport",
+    "idempotent-rediss": "idempotent_bus.transports.redis:SecureTransport",
+    "idempotent-sentinel": "idempotent_bus.transports.redis:SentinelTransport",
     "idempotent-sqla": "idempotent_bus.transports.sql:Transport",
 }
 
