@@ -58,6 +58,17 @@ def _update(progress: Progress, task: TaskID, done: int, kills: int) -> None:
     progress.update(task, completed=done, kills=kills)
 
 
+#: kombu's own transports that lose messages by themselves, by URL scheme, and why.
+_LOSES = {
+    "redis": "kombu's Redis transport pops a message and notes it as unacked in two steps, and what was on its way "
+    "when a consumer died or its connection was cut is gone",
+    "sqla": "kombu's SQLAlchemy transport marks a message as taken and never brings it back: "
+    "use idempotent-sqla+... instead",
+}
+_LOSES["rediss"] = _LOSES["redis"]
+_LOSES["sqlalchemy"] = _LOSES["sqla"]
+
+
 def table(console: Console, results: Sequence[Result], broker: str, store: str) -> None:
     """The end of the demo: what each mode came to."""
     sheet = Table(title=f"one charge, one card?  broker: {broker}, store: {store}")
@@ -85,3 +96,6 @@ def table(console: Console, results: Sequence[Result], broker: str, store: str) 
             )
         else:
             console.print(f"[green]held[/green]  {title}: one charge, one card")
+    why = _LOSES.get(broker.partition("+")[0])
+    if why and any(result.missing for result in results):
+        console.print(f"[yellow]why[/yellow]  cards are missing: {why}. No consumer can mend that.")
