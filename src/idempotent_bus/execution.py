@@ -25,7 +25,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, Protocol
 
@@ -65,12 +65,17 @@ class Settlement(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """One delivery, as the core sees it. redelivered: the broker says that it may have been delivered before."""
+    """One delivery, as the core sees it.
+
+    redelivered: it may have been delivered before. It must be True for whatever the broker delivers again, and for
+    what comes back after `Settlement.wait`, even as a new message: a first delivery may run on a reservation, which
+    counts no attempt if its worker dies, so a message that looked like one each time could kill workers for ever.
+    """
 
     scope: str
-    biz_id: str
+    biz_id: str = field(repr=False)  # neither the id nor the body, which `run` may show, belongs into a log
     key: bytes
-    run: Callable[[], Any]
+    run: Callable[[], Any] = field(repr=False)
     settle: Settlement
     fingerprint: bytes | None = None
     inner_msg_id: str | None = None
@@ -103,13 +108,25 @@ class Ending:
 class Execution:
     """One run of a handler: what it may know of itself. Got with `current_execution()`."""
 
-    __slots__ = ("_ending", "_executor", "_lost", "_work", "attempt", "hold", "lease", "renewed_at", "retention")
+    __slots__ = (
+        "_completed",
+        "_ending",
+        "_executor",
+        "_lost",
+        "_work",
+        "attempt",
+        "hold",
+        "lease",
+        "renewed_at",
+        "retention",
+    )
 
     def __init__(self, executor: Executor, work: Work, hold: Hold, attempt: int, claimed_at: float) -> None:
         self._executor = executor
         self._work = work
         self._lost = False
-        self._ending: Ending | None = None
+        self._completed: Ending | None = None  # durable; what is still to come is the ack
+        self._ending: Ending | None = None  # settled
         self.hold = hold
         self.attempt = attempt
         self.lease = executor.policy.lease
@@ -212,18 +229,18 @@ class Executor:
         Such a claim is a reservation: it counts no attempt before its handler starts, and is given back if the
         handler never does. Redelivered messages and second copies of one key are claimed singly, in their turn.
         """
-        requests = [self._request(work) for work in works]
-        ahead = self._reserve(works, requests)
+        ahead = self._reserve(works)
         endings: list[Ending] = []
         try:
-            for index, (work, request) in enumerate(zip(works, requests, strict=True)):
+            for index, work in enumerate(works):
                 reserved = ahead.pop(index, None)
                 if reserved is None:
-                    endings.append(self._claim_and_handle(work, request))
+                    endings.append(self._claim_and_handle(work, self._request(work)))
                     continue
                 request, outcome, claimed_at = reserved
-                if isinstance(outcome, Claimed) and self._clock() - claimed_at > self.policy.lease / 2:
-                    # Neighbours took long: asking again with the same nonce tells whether it is still ours.
+                if outcome is None or (isinstance(outcome, Claimed) and self._is_late(claimed_at)):
+                    # Its reply was lost, or neighbours took long: asking again with the same nonce tells whether
+                    # it is ours.
                     endings.append(self._claim_and_handle(work, request))
                 else:
                     endings.append(self._dispatch(work, request, outcome, claimed_at))
@@ -245,21 +262,20 @@ class Executor:
             reserve,
         )
 
-    def _reserve(
-        self, works: Sequence[Work], requests: list[ClaimRequest]
-    ) -> dict[int, tuple[ClaimRequest, ClaimOutcome, float]]:
+    def _reserve(self, works: Sequence[Work]) -> dict[int, _Reserved]:
         if len(works) < 2:
             return {}
         store = self._store_or_none()
         if not isinstance(store, BatchStore):
             return {}
-        chosen: dict[bytes, int] = {}
+        first: dict[bytes, int] = {}
         for index, work in enumerate(works):
-            if not work.redelivered:
-                chosen.setdefault(work.key, index)
+            first.setdefault(work.key, index)
+        # Not where an earlier copy in the window is claimed singly: it would find our own reservation in its way.
+        chosen = [index for index in first.values() if not works[index].redelivered]
         if len(chosen) < 2:
             return {}
-        asked = {index: self._request(works[index], reserve=True) for index in chosen.values()}
+        asked = {index: self._request(works[index], reserve=True) for index in chosen}
         claimed_at = self._clock()
         try:
             outcomes = self._step(CLAIM, store.claim_many, list(asked.values()))
@@ -267,9 +283,7 @@ class Executor:
             # In doubt, so nobody runs on it. Each is claimed singly, with its reservation's nonce: if the
             # reservation was made and only its reply was lost, it is recognised instead of blocking for a lease.
             log.warning("claiming %d messages together failed, claiming them singly: %s", len(asked), error)
-            for index, request in asked.items():
-                requests[index] = request
-            return {}
+            return {index: (request, None, claimed_at) for index, request in asked.items()}
         return {
             index: (request, outcome, claimed_at)
             for (index, request), outcome in zip(asked.items(), outcomes, strict=True)
@@ -282,23 +296,37 @@ class Executor:
             return None  # claiming singly will meet the same error, and answers it
 
     def _claim_and_handle(self, work: Work, request: ClaimRequest) -> Ending:
-        for tries_left in reversed(range(_CLAIM_TRIES)):
+        doubt: object = None
+        late: Claimed | None = None
+        for _ in range(_CLAIM_TRIES):
             claimed_at = self._clock()
             try:
                 outcome = self._step(CLAIM, self._store().claim, request)
             except StoreError as error:
-                if tries_left:
-                    continue
-                log.warning("claim in scope %s is in doubt, nothing is run: %s", work.scope, error)
-                return self._wait(work, Ended.IN_DOUBT, self.policy.busy_delay)
-            return self._dispatch(work, request, outcome, claimed_at)
-        raise AssertionError("unreachable")
+                doubt = error
+                continue
+            if not isinstance(outcome, Claimed) or not self._is_late(claimed_at):
+                return self._dispatch(work, request, outcome, claimed_at)
+            # Its lease may be over before the handler is: asking again renews it, or shows that it is gone.
+            doubt, late = "the store took more than half a lease to answer", outcome
+        log.warning("claim in scope %s is in doubt, nothing is run: %s", work.scope, doubt)
+        if late is not None:
+            self._release(Hold(work.key, late.token, request.nonce), late.attempt - 1)
+        return self._wait(work, Ended.IN_DOUBT, self.policy.busy_delay)
+
+    def _is_late(self, claimed_at: float) -> bool:
+        return self._clock() - claimed_at > self.policy.lease / 2
 
     def _dispatch(self, work: Work, request: ClaimRequest, outcome: ClaimOutcome, claimed_at: float) -> Ending:
         if isinstance(outcome, Claimed):
             hold = Hold(work.key, outcome.token, request.nonce)
             if outcome.attempt > self.policy.max_attempts:
                 return self._bury(work, hold, Reason.ATTEMPTS, "the attempts are used up", outcome.attempt - 1)
+            if request.reserve and outcome.attempt > 1:
+                # It has failed before, so it is no first delivery, whatever the broker says. On a reservation a run
+                # whose worker dies is not counted; one such run is what the bound has room for (I12).
+                self._release(hold, outcome.attempt - 1)
+                return self._claim_and_handle(work, self._request(work))
             return self._run(work, Execution(self, work, hold, outcome.attempt, claimed_at))
         if isinstance(outcome, Completed):
             self._step(ACK, work.settle.ack)
@@ -311,34 +339,48 @@ class Executor:
     # --- running -------------------------------------------------------------------------------------
 
     def _run(self, work: Work, execution: Execution) -> Ending:
-        context = _current.set(execution)
         self._keeper.add(execution)
+        context = _current.set(execution)
+        value = None
         try:
             value = self._step(HANDLER, work.run)
         except Exception as error:  # whatever a handler raises is an outcome, not the end of the consumer
-            self._keeper.remove(execution)
-            if execution._ending is not None:
-                log.exception("a handler in scope %s raised after it had completed; it stays completed", work.scope)
+            if execution._ending is None and execution._completed is None:
+                self._keeper.remove(execution)
+                execution._ending = Ending(Ended.FAILED)  # from here on a late `complete` changes nothing
+                execution._ending = self._failed(work, execution, error)
                 return execution._ending
-            return self._failed(work, execution, error)
+            log.exception("a handler in scope %s raised after it had called complete(), which stands", work.scope)
         except BaseException:
             # The process is told to stop. The message is not settled: closing the channel brings it back.
             self._keeper.remove(execution)
-            if execution._ending is None:
+            if execution._ending is None and execution._completed is None:
+                execution._ending = Ending(Ended.FAILED)
                 self._release(execution.hold, execution.attempt)
             raise
         finally:
             _current.reset(context)
-        if not self._manual:
-            return self.finish(execution, value)
-        if execution._ending is None:
+        if execution._ending is not None:
+            return execution._ending
+        if self._manual and execution._completed is None:
             return Ending(Ended.OPEN)  # its lease is renewed until the business calls `complete`
-        return execution._ending
+        return self.finish(execution, value)
 
     def finish(self, execution: Execution, value: Any) -> Ending:
-        """Complete, then ack. Repeats the completion for a lease's time if its outcome is unknown."""
-        execution._ending = ending = self._complete(execution._work, execution, value)
-        return ending
+        """Complete, then ack. Repeats the completion for a lease's time if its outcome is unknown.
+
+        Called again after the ack could not be sent, it only acks.
+        """
+        work = execution._work
+        if execution._completed is None:
+            ending = self._complete(work, execution, value)
+            if ending.how is not Ended.COMPLETED:
+                execution._ending = ending
+                return ending
+            execution._completed = ending
+        self._step(ACK, work.settle.ack)
+        execution._ending = execution._completed
+        return execution._completed
 
     def _complete(self, work: Work, execution: Execution, value: Any) -> Ending:
         hold = execution.hold
@@ -365,7 +407,6 @@ class Executor:
                 hold.token,
             )
             return self._wait(work, Ended.LEASE_LOST, self.policy.busy_delay)
-        self._step(ACK, work.settle.ack)
         return Ending(Ended.COMPLETED, value)
 
     def _failed(self, work: Work, execution: Execution, error: Exception) -> Ending:
@@ -407,10 +448,14 @@ class Executor:
             # Not needed for safety: the lease lapses by itself, and the attempt was counted at the claim.
             log.warning("could not release a claim, its lease will lapse: %s", error)
 
-    def _give_back(self, ahead: dict[int, tuple[ClaimRequest, ClaimOutcome, float]]) -> None:
+    def _give_back(self, ahead: dict[int, _Reserved]) -> None:
         for request, outcome, _ in ahead.values():
             if isinstance(outcome, Claimed):
                 self._release(Hold(request.key, outcome.token, request.nonce), outcome.attempt - 1)
+
+
+#: A claim made ahead of its turn: what was asked, the answer (None: in doubt), and when, by the worker's clock.
+_Reserved = tuple[ClaimRequest, ClaimOutcome | None, float]
 
 
 def encode_result(value: Any, scope: str) -> bytes | None:
@@ -419,7 +464,7 @@ def encode_result(value: Any, scope: str) -> bytes | None:
         return None
     try:
         encoded = json.dumps(value, separators=(",", ":")).encode()
-    except (TypeError, ValueError, RecursionError):
+    except Exception:  # noqa: BLE001 - the effect has happened: whatever a result's own code raises must not repeat it
         encoded = None
     if encoded is None or len(encoded) > MAX_RESULT_BYTES:
         # The effect has happened: failing now would only repeat it.
@@ -430,9 +475,17 @@ def encode_result(value: Any, scope: str) -> bytes | None:
 
 def decode_result(result: bytes | None) -> Any:
     """The result that a duplicate gets."""
-    return None if result is None else json.loads(result)
+    if result is None:
+        return None
+    try:
+        return json.loads(result)
+    except (ValueError, RecursionError):
+        log.warning("a stored result is not JSON that can be read: a duplicate gets None instead")
+        return None
 
 
 def last_line(error: BaseException) -> str:
     """The last line of a traceback, for the dead letter."""
-    return traceback.format_exception_only(type(error), error)[-1].strip()
+    formatted = traceback.TracebackException(type(error), error, None)
+    formatted.__notes__ = None  # they come after the line that says what was raised
+    return list(formatted.format_exception_only())[-1].strip()
