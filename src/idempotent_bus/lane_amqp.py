@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+from amqp.method_framing import frame_writer
 from kombu import Connection
 
 from .confirms import ConfirmChannel, Ticket
@@ -21,6 +22,29 @@ __all__ = ["AmqpLane"]
 _LOOK_AFTER_IDLE: Final = 1.0
 
 
+#: How many bytes of frames are gathered before they are written at once.
+_GATHERED: Final = 32 * 1024
+
+
+class _Writer:
+    """Stands between py-amqp's frames and its socket, so that the frames of a stream can leave in larger pieces."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._frames = bytearray()
+        self.gathering = False
+
+    def write(self, frames: bytes) -> None:
+        self._frames += frames
+        if not self.gathering or len(self._frames) >= _GATHERED:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._frames:
+            frames, self._frames = self._frames, bytearray()
+            self._transport.write(frames)
+
+
 class AmqpLane(Lane):
     """See Lane. `post` and `wait` are the two halves of a send, for a window of messages under way."""
 
@@ -29,6 +53,7 @@ class AmqpLane(Lane):
     ) -> None:
         super().__init__(connection, source, timeout=timeout, clock=clock)
         self._confirms: ConfirmChannel | None = None
+        self._writer: _Writer | None = None
         self._last_used = 0.0
         self._exchanges: set[str] = {""}
         connection.transport_options["confirm_publish"] = False
@@ -36,10 +61,15 @@ class AmqpLane(Lane):
         connection.transport_options.setdefault("write_timeout", timeout)
         # Nobody would answer heartbeats between two publishes, and the broker would close the connection.
         connection.heartbeat = 0
+        connection.transport_options["frame_writer"] = self._make_frame_writer
 
-    def post(self, outgoing: Outgoing) -> Ticket:
-        """Send on the open channel without waiting. The ticket is settled by a later `wait`."""
+    def post(self, outgoing: Outgoing, *, gather: bool = False) -> Ticket:
+        """Send on the open channel without waiting. The ticket is settled by a later `wait`.
+
+        gather: the message may wait for more to come, until the next `wait` at the latest, and leave with them.
+        """
         assert self._confirms is not None
+        assert self._writer is not None
         message = self._channel.prepare_message(
             outgoing.body,
             outgoing.priority,
@@ -48,11 +78,17 @@ class AmqpLane(Lane):
             outgoing.headers,
             outgoing.properties,
         )
-        return self._confirms.send(message, outgoing.exchange, outgoing.routing_key, outgoing.inner_msg_id)
+        self._writer.gathering = gather
+        try:
+            return self._confirms.send(message, outgoing.exchange, outgoing.routing_key, outgoing.inner_msg_id)
+        finally:
+            self._writer.gathering = False
 
     def wait(self, ticket: Ticket) -> None:
         """Wait until the ticket is settled. Raises NotConfirmed if the broker stays silent."""
         assert self._confirms is not None
+        assert self._writer is not None
+        self._writer.flush()
         self._confirms.wait(ticket)
         self._last_used = self._clock()
 
@@ -80,10 +116,11 @@ class AmqpLane(Lane):
         self._exchanges.add(name)
 
     def open(self) -> None:
-        if self._is_open and self._clock() - self._last_used > _LOOK_AFTER_IDLE:
-            assert self._confirms is not None
+        confirms = self._confirms
+        if confirms is not None and not confirms.outstanding and self._clock() - self._last_used > _LOOK_AFTER_IDLE:
+            self._last_used = self._clock()
             try:
-                self._confirms.read_pending()
+                confirms.read_pending()
             except (*self.connection_errors(), *self.channel_errors()):
                 self.discard()
         super().open()
@@ -102,6 +139,10 @@ class AmqpLane(Lane):
         if ticket.failure is not None:
             raise ticket.failure
         return Landing.LANDED
+
+    def _make_frame_writer(self, connection: Any, transport: Any) -> Any:
+        self._writer = _Writer(transport)
+        return frame_writer(connection, self._writer)
 
     def _prepare_channel(self) -> None:
         self._confirms = ConfirmChannel(self._channel, timeout=self._timeout, clock=self._clock)

@@ -123,7 +123,7 @@ class IdempotentProducer:
     def publish_many(self, messages: Iterable[Any], *, window: int = 500, **options: Any) -> list[Receipt]:
         """Publish many messages; on AMQP up to `window` of them wait for their confirms at the same time.
 
-        messages: bodies, or tuples (body, keywords of `publish`); taken one after the other, so a generator does.
+        messages: bodies, or tuples (body, keywords of `publish`); a generator does too, a list is faster.
         options: keywords of `publish` for all of them. Returns the receipts in the order of the messages. Raises
         PublishManyError if one of them did not land; its `results` tells them apart. Several threads take turns.
         """
@@ -136,6 +136,8 @@ class IdempotentProducer:
                 (self._prepare(body, **keywords) for body, keywords in _each(messages, options)),
                 self._stream_lane,
                 window=window,
+                # A generator may pause between two bodies: what it gave before must not wait in a buffer for that.
+                gather=isinstance(messages, (list, tuple)),
                 policy=self._policy,
                 step=self._step,
             )
