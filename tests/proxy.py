@@ -77,6 +77,10 @@ class Proxy:
         """Forward the first half of the request, then close the connection."""
         self._arm(_Fault("cut_request", request, times))
 
+    def hold_request(self, request: bytes, *, times: int = 1) -> None:
+        """Neither forward the request nor close: it stays on its way, for ever; replies still pass."""
+        self._arm(_Fault("hold_request", request, times))
+
     def cut(self) -> None:
         """Close all connections that are open now."""
         with self._lock:
@@ -186,6 +190,8 @@ class _Link:
                     if fault.kind == "cut_request":
                         self._server.sendall(data[: len(data) // 2])
                     break
+                if fault is not None and fault.kind == "hold_request":
+                    continue
                 if fault is not None:
                     self._reply_fault = fault  # before forwarding: the reply may come at once
                 self._server.sendall(data)

@@ -150,9 +150,9 @@ class Lane(ABC):
         connection = self._connection
         self._is_open = True
         try:
-            # One round over all hosts; the pauses between rounds are the resend policy's.
+            # Each host once, without pauses: those between the rounds are the resend policy's.
             connection.ensure_connection(
-                max_retries=max(1, len(connection.alt)), interval_start=0, interval_step=0, interval_max=0
+                max_retries=max(0, len(connection.alt) - 1), interval_start=0, interval_step=0, interval_max=0
             )
             with self._limited():
                 self._channel = connection.channel()
