@@ -37,6 +37,8 @@ def main() -> None:
         if (ack and info.get("routing_key") == ack) or message.payload == ack:
             message.ack()
         print(message.payload, flush=True)
+        if where == "handling":
+            die()
 
     with Consumer(
         connection.channel(), [Queue(name) for name in queues.split(",")], on_message=work, auto_declare=False

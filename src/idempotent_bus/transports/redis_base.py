@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from kombu.transport import redis as kombu_redis
+from redis import exceptions
 
 from .redis_keeper import Keeper
 from .redis_keys import QueueKeys, queue_keys
@@ -167,3 +168,23 @@ class BaseChannel(kombu_redis.Channel):
         connection = self.connection
         if connection is not None:
             connection.cycle.ring()
+
+    # --- declaring while the server is full -----------------------------------------------------------------
+
+    def _size(self, queue: str) -> int:
+        """Ready messages. Not in a transaction, which a full server refuses: a consumer must be able to start."""
+        sizes = self.call([("LLEN", name) for name in self.keys_of(queue).lists])
+        return sum(size for size in sizes if isinstance(size, int))
+
+    def _queue_bind(self, exchange: str, routing_key: str, pattern: str | None, queue: str) -> None:
+        try:
+            super()._queue_bind(exchange, routing_key, pattern, queue)
+        except exceptions.OutOfMemoryError:
+            # What is bound already need not be added again, and then a full server can be drained.
+            member = self.sep.join([routing_key or "", pattern or "", queue or ""])
+            tables = [self.keyprefix_queue % (exchange,)]
+            if queue not in self._expires:
+                tables.append(self.keyprefix_binding_permanent % (exchange,))
+            bound = self.call([("SISMEMBER", self.global_keyprefix + table, member) for table in tables])
+            if bound != [1] * len(tables):
+                raise
