@@ -22,8 +22,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import time
+import weakref
 from collections import deque
+from collections.abc import Callable
+from multiprocessing.util import Finalize
 from queue import Empty
 from typing import Any, Final
 
@@ -31,20 +35,21 @@ import sqlalchemy as sa
 from kombu.exceptions import ChannelError
 from kombu.transport import sqlalchemy as kombu_sqla
 from kombu.transport import virtual
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from ..errors import Unroutable
 from ..headers import INNER_MSG_ID
 from ..model import Landing
 from . import sql_payload
-from .sql_database import Database, open_database
+from .sql_database import ERRORS, Database, open_database
 from .sql_edge import WINDOW, Edge
 from .sql_fetch import Delivery, Fetcher, LeaseGone
 from .sql_lease import Lease, keeper_of, renew
+from .sql_leave import DeadLetter, dead_letters, restore
 from .sql_restore import Restorer
 
-__all__ = ["Channel", "QoS", "Transport"]
+__all__ = ["Channel", "DeadLetter", "QoS", "Transport", "dead_letters", "restore"]
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +122,7 @@ class Channel(kombu_sqla.Channel):
         self._no_ack: set[str] = set()
         self._empty_at: dict[str, object] = {}
         self._batch, self._taken_at = 1, 0.0
+        self._at_exit = Finalize(self, _close, (weakref.ref(self),), exitpriority=1)
 
     # --- publishing -------------------------------------------------------------------------------
 
@@ -253,9 +259,11 @@ class Channel(kombu_sqla.Channel):
 
     def _check_lease(self) -> None:
         lease = self._lease
-        if lease is None or not (lease.lost or lease.doubtful):
-            return
-        if lease.lost or not self._database.run(lambda connection: renew(connection, self._database, lease)):
+        if lease is None or not (lease.lost or (lease.written and lease.doubtful)):
+            return  # one that was never written holds nothing; writing it is the fetch's, in its own commit
+        if lease.lost or not self._database.run(
+            lambda connection: renew(connection, self._database, lease), again=True
+        ):
             self._lose()
 
     def _lose(self) -> None:
@@ -280,7 +288,7 @@ class Channel(kombu_sqla.Channel):
         if self._in_doubt and self._lease is not None and self._pid == os.getpid():
             try:
                 self._settle_doubt()
-            except SQLAlchemyError:
+            except ERRORS:
                 logger.warning("messages taken ahead could not be given back yet", exc_info=True)
 
     def _settled(self, done: bool, what: str) -> None:
@@ -290,6 +298,7 @@ class Channel(kombu_sqla.Channel):
     def close(self) -> None:
         """Give everything back at once. If the database is down the lease lapses, which does the same later."""
         if not self.closed:
+            self._at_exit.cancel()
             self._check_process()
             lease, self._lease = self._lease, None
             delivered = self.qos.unsettled()
@@ -299,7 +308,7 @@ class Channel(kombu_sqla.Channel):
                 keeper_of(self._database).remove(lease)
                 try:
                     self._restorer.release(lease.owner, delivered)
-                except SQLAlchemyError:
+                except ERRORS:
                     logger.warning(
                         "held messages could not be given back; they come back when the lease lapses", exc_info=True
                     )
@@ -352,7 +361,8 @@ class Transport(kombu_sqla.Transport):
     Channel = Channel
     polling_interval = 0.1
 
-    connection_errors = (OperationalError, InterfaceError, PoolTimeout)
+    # InternalError: PostgreSQL ended a session that stood still in a transaction. sqlite3's own: raised by a PRAGMA.
+    connection_errors = (OperationalError, InterfaceError, InternalError, PoolTimeout, sqlite3.OperationalError)
     channel_errors = (ChannelError,)
     recoverable_connection_errors = connection_errors
     recoverable_channel_errors = channel_errors
@@ -361,6 +371,13 @@ class Transport(kombu_sqla.Transport):
         if str(client.hostname).startswith("sqlite"):
             self.polling_interval = 0.05
         super().__init__(client, **kwargs)
+
+
+def _close(reference: Callable[[], Channel | None]) -> None:
+    """At the end of a program that closed nothing: what it held need not wait for its lease to lapse."""
+    channel = reference()
+    if channel is not None and not channel.closed:
+        channel.close()
 
 
 def _text(inner_msg_id: object) -> str:

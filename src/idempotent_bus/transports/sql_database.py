@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,17 @@ _ENGINE_OPTIONS: Final = frozenset(
 _LEVELS: Final = frozenset({"OFF", "NORMAL", "FULL", "EXTRA"})
 #: The server rolled the whole transaction back because of another one: repeating it is safe and right.
 _ROLLED_BACK: Final = frozenset({"40001", "40P01", 1213, 1205, 1020})
+
+#: A process that was stopped, or whose machine vanished, inside a transaction must not keep its rows locked. Ours are
+#: over in milliseconds and wait for nothing outside. MySQL has no such setting and reads a comment.
+_NO_LOITERING: Final = {
+    "postgresql": "SET SESSION idle_in_transaction_session_timeout = 30000",
+    "mysql": "SET @idempotent_bus = 1 /*M! , SESSION idle_transaction_timeout = 30 */",
+    "mariadb": "SET @idempotent_bus = 1 /*M! , SESSION idle_transaction_timeout = 30 */",
+}
+
+#: What a database operation raises; sqlite3's own comes from PRAGMAs, which go past SQLAlchemy.
+ERRORS: Final = (sa.exc.SQLAlchemyError, sqlite3.Error)
 
 
 class Database:
@@ -70,18 +82,20 @@ class Database:
 
     # --- transactions -----------------------------------------------------------------------------
 
-    def run(self, work: Callable[[sa.Connection], T], *, durable: bool = False) -> T:
+    def run(self, work: Callable[[sa.Connection], T], *, durable: bool = False, again: bool = False) -> T:
         """`work(connection)` in one transaction; repeated where the server rolled it back for another's sake.
 
         durable: must survive a power cut as soon as this returns. Only landing needs it: a fetch or an ack that a
         power cut undoes brings a message back, and SQLite then need not wait for the disk.
+        again: doing it twice does no harm, so it is repeated once where the connection was cut.
         """
         for tries in range(8):
             try:
                 with self.transaction(durable=durable) as connection:
                     return work(connection)
             except DBAPIError as error:
-                if tries == 7 or _code(error) not in _ROLLED_BACK:
+                cut = again and tries == 0 and error.connection_invalidated
+                if tries == 7 or not (cut or _code(error) in _ROLLED_BACK):
                     raise
                 time.sleep(random.uniform(0.001, 0.01) * 2**tries)  # noqa: S311 (spreads retries, no secret)
         raise AssertionError  # pragma: no cover (the loop returns or raises)
@@ -94,8 +108,16 @@ class Database:
             yield connection
 
     def read(self, work: Callable[[sa.Connection], T]) -> T:
-        """`work(connection)` outside any write transaction."""
+        """`work(connection)` outside any write transaction; repeated once where the connection was cut."""
         self._create_once()
+        try:
+            return self._read(work)
+        except DBAPIError as error:
+            if not error.connection_invalidated:
+                raise
+            return self._read(work)
+
+    def _read(self, work: Callable[[sa.Connection], T]) -> T:
         if not self.is_sqlite:
             with self.engine.connect() as connection:
                 return work(connection)
@@ -155,8 +177,13 @@ class Database:
     def _engine(self, options: dict[str, Any]) -> sa.Engine:
         if not self.is_sqlite:
             # READ COMMITTED: a second publisher of the same id waits for the first one, then sees its mark.
-            return sa.create_engine(self.url, **{"isolation_level": "READ COMMITTED", **options})
-        arguments = {"timeout": BUSY_TIMEOUT, "check_same_thread": False, **options.get("connect_args", {})}
+            defaults = {"isolation_level": "READ COMMITTED", "pool_recycle": 1800}
+            engine = sa.create_engine(self.url, **{**defaults, **options})
+            sa.event.listen(engine, "connect", _prepare_server(_NO_LOITERING[self.dialect]))
+            return engine
+        arguments = {"check_same_thread": False, **options.get("connect_args", {})}
+        if "timeout" not in self.url.query:
+            arguments.setdefault("timeout", BUSY_TIMEOUT)
         echo = {name: options[name] for name in ("echo", "echo_pool") if name in options}
         engine = sa.create_engine(
             self.url, poolclass=QueuePool, pool_size=1, max_overflow=0, pool_timeout=60, connect_args=arguments, **echo
@@ -181,6 +208,16 @@ class Database:
         self._locked_for_fork = False
         if not self.is_sqlite:
             self.engine.dispose(close=False)
+
+
+def _prepare_server(statement: str) -> Callable[[Any, Any], None]:
+    def prepare(connection: Any, record: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute(statement)
+        cursor.close()
+        connection.commit()
+
+    return prepare
 
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:

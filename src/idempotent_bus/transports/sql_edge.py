@@ -13,11 +13,11 @@ from hashlib import sha256
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import OperationalError
 
 from ..model import Landing
 from . import sql_payload
-from .sql_database import Database
+from .sql_database import ERRORS, Database
 from .sql_tables import COUNTED, affected, insert_ignore
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Edge:
         self._since_purge = 0
         try:
             self.purge()
-        except SQLAlchemyError:
+        except ERRORS:
             # The publish has landed; a mark that stays longer harms nobody.
             logger.warning("old marks of the edge could not be purged; the next pass tries again", exc_info=True)
 

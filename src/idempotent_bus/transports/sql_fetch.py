@@ -17,6 +17,7 @@ from . import sql_payload
 from .sql_database import Database
 from .sql_lease import Lease, renew
 from .sql_restore import UNREADABLE, Restorer
+from .sql_tables import affected
 
 Delivery = tuple[str, dict[str, Any]]
 
@@ -80,14 +81,14 @@ class Fetcher:
 
     def ack(self, tag: str) -> bool:
         """The message is done. False: it had gone back to its queue before (a lease that lapsed), and stays there."""
-        return bool(self._database.run(lambda connection: connection.execute(self._ack, {"old_tag": tag}).rowcount))
+        return self._settle(self._ack, {"old_tag": tag})
 
     def delay(self, tag: str, seconds: float) -> bool:
         """The message comes back no sooner than this; the tag is spent. False as for `ack`."""
         held = self._database.tables.held
         values: dict[str, Any] = {"tag": uuid4().hex, "owner": None, "due_at": self._database.now + max(seconds, 0.0)}
         statement = sa.update(held).where(held.c.tag == tag).values(**values)
-        done = bool(self._database.run(lambda connection: connection.execute(statement).rowcount))
+        done = self._settle(statement, {})
         self._restorer.soon(max(seconds, 0.0))
         return done
 
@@ -99,6 +100,9 @@ class Fetcher:
             names.message.c.queue_id == queue_id, names.message.c.visible == sa.true()
         )
         return self._database.read(lambda connection: connection.scalar(query.limit(1))) is not None
+
+    def _settle(self, statement: Any, values: dict[str, Any]) -> bool:
+        return self._database.run(lambda connection: affected(connection.execute(statement, values)), again=True) > 0
 
     def _choose(self, connection: sa.Connection, queue: str, rows: Any) -> tuple[list[dict[str, Any]], list[Delivery]]:
         taken: list[dict[str, Any]] = []

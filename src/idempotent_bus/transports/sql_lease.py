@@ -15,9 +15,8 @@ import weakref
 from uuid import uuid4
 
 import sqlalchemy as sa
-from sqlalchemy.exc import SQLAlchemyError
 
-from .sql_database import Database
+from .sql_database import ERRORS, Database
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ class LeaseKeeper:
             try:
                 if due:
                     self._renew(due)
-            except SQLAlchemyError:
+            except ERRORS:
                 logger.warning("leases could not be renewed; trying again", exc_info=True)
                 pause = min(pause / 4, 1.0)
 
@@ -110,7 +109,7 @@ class LeaseKeeper:
             return set(connection.scalars(sa.select(table.c.owner).where(table.c.owner.in_(owners))))
 
         before = time.monotonic()
-        alive = self._database.run(work)
+        alive = self._database.run(work, again=True)
         for lease in leases:
             if lease.owner in alive:
                 lease.renewed_at = before

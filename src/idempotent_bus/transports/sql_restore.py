@@ -33,6 +33,8 @@ class Restorer:
         self._database = database
         self._max = max_deliveries
         self._next_check = 0.0
+        #: What fits into kombu's payload column, in bytes (JSON is ASCII here); None for no bound.
+        self.limit = sql_payload.TEXT_BYTES if database.dialect in ("mysql", "mariadb") else None
 
     def soon(self, delay: float) -> None:
         """Look again when this delay is over, if that is earlier than planned."""
@@ -94,7 +96,7 @@ class Restorer:
                 connection.execute(sa.delete(names.lease).where(names.lease.c.owner == owner))
             return True
 
-        while not self._database.run(work):
+        while not self._database.run(work, again=True):
             pass
 
     def _lapsed(self, connection: sa.Connection) -> int:
@@ -137,7 +139,6 @@ class Restorer:
         """
         if not rows:
             return 0
-        limit = sql_payload.TEXT_BYTES if self._database.dialect in ("mysql", "mariadb") else None
         back, dead = [], []
         for row in rows:
             deliveries = row.deliveries + counted
@@ -146,7 +147,7 @@ class Restorer:
                 continue
             payload = row.payload
             if counted or seen:
-                payload = sql_payload.mark_redelivered(payload, deliveries, limit)
+                payload = sql_payload.mark_redelivered(payload, deliveries, self.limit)
             back.append((row.message_id, row.queue, payload))
         self.put(connection, back, keep_place=keep_place)
         self.bury(connection, dead)

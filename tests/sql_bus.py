@@ -64,7 +64,7 @@ class Bus:
         return open_database(self.url, self.options).read(lambda connection: connection.scalar(query))
 
     def program(self, code: str, **kwargs: Any) -> subprocess.Popen[str]:
-        """Python in another process, with `connection` open and `bus` set up like this one."""
+        """Python in another process, with `bus` set up like this one."""
         return subprocess.Popen(
             [sys.executable, "-u", "-c", _PRELUDE.format(here=str(Path(__file__).parent)) + code],
             env={**os.environ, "BUS": json.dumps([self.url, self.options])},
@@ -75,9 +75,9 @@ class Bus:
 
 
 _PRELUDE = """
-import json, os, sys, time, socket
-sys.path[:0] = [{here!r}, {here!r} + "/.."]
-from sql_bus import Bus
+import json, os, signal, sys, time
+sys.path.insert(0, {here!r})
+from sql_bus import Bus, deliveries
 bus = Bus(*json.loads(os.environ["BUS"]))
 """
 
@@ -99,11 +99,20 @@ def drop(bus: Bus) -> None:
         return
     database = open_database(bus.url, bus.options)
     names = database.tables
-    own = [names.landed, names.held, names.lease, names.dead, names.message, names.queue]
     with database.engine.begin() as connection:
-        for table in own:
+        for table in (names.landed, names.held, names.lease, names.dead, names.message, names.queue):
             connection.execute(sa.text(f"DROP TABLE IF EXISTS {table.name}"))
     database.engine.dispose()
+
+
+def lines(*programs: subprocess.Popen[str], timeout: float = 60) -> list[str]:
+    """What these programs printed, in order of the programs; each must end well."""
+    printed = []
+    for program in programs:
+        out, _ = program.communicate(timeout=timeout)
+        assert program.returncode == 0, out
+        printed += out.split("\n")[:-1]
+    return printed
 
 
 def eventually(condition: Callable[[], Any], timeout: float = 15.0) -> Any:
