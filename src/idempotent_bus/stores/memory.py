@@ -25,10 +25,11 @@ class _Entry:
     fingerprint: bytes | None
     lease_ends: float
     kept_until: float
+    taken_over: bool
     result: bytes | None = None
 
-    def claimed(self, *, taken_over: bool = False) -> Claimed:
-        return Claimed(self.token, self.attempts + (self.state is State.RESERVED), taken_over)
+    def claimed(self) -> Claimed:
+        return Claimed(self.token, self.attempts + (self.state is State.RESERVED), self.taken_over)
 
 
 class MemoryStore:
@@ -85,9 +86,10 @@ class MemoryStore:
             fingerprint=request.fingerprint,
             lease_ends=now + request.lease,
             kept_until=now + request.lease + request.retention,
+            taken_over=taken_over,
         )
         self._entries[request.key] = entry
-        return entry.claimed(taken_over=taken_over)
+        return entry.claimed()
 
     @staticmethod
     def _extend(entry: _Entry, now: float, lease: float, retention: float) -> None:
