@@ -78,7 +78,7 @@ class PublishUnknown(PublishError):
 
 
 class Permanent(IdempotentBusError):
-    """Raise this from a handler (or chain from it) when a rerun cannot help: the message is dead-lettered at once."""
+    """Raise this, or a subclass, from a handler when a rerun cannot help: the message is dead-lettered at once."""
 
 
 class HandlerAcknowledged(IdempotentBusError):
