@@ -69,6 +69,11 @@ _LOSES["rediss"] = _LOSES["redis"]
 _LOSES["sqlalchemy"] = _LOSES["sqla"]
 
 
+def loses(broker: str) -> str | None:
+    """Why a broker of this URL scheme loses messages by itself, or None."""
+    return _LOSES.get(broker.partition("+")[0])
+
+
 def table(console: Console, results: Sequence[Result], broker: str, store: str) -> None:
     """The end of the demo: what each mode came to."""
     sheet = Table(title=f"one charge, one card?  broker: {broker}, store: {store}")
@@ -96,6 +101,6 @@ def table(console: Console, results: Sequence[Result], broker: str, store: str) 
             )
         else:
             console.print(f"[green]held[/green]  {title}: one charge, one card")
-    why = _LOSES.get(broker.partition("+")[0])
+    why = loses(broker)
     if why and any(result.missing for result in results):
         console.print(f"[yellow]why[/yellow]  cards are missing: {why}. No consumer can mend that.")
