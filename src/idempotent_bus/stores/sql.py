@@ -37,6 +37,8 @@ T = TypeVar("T")
 #: In a pooled connection's info: it has worked before, so that its loss says nothing about the server now.
 _PROVEN: Final = "idempotent_bus_proven"
 _CONTENTION_TRIES: Final = 8
+#: Seconds for which a failure to open the store is told to others without trying again.
+_FAILURE_SHARED: Final = 0.25
 
 
 def open_sql(
@@ -91,6 +93,7 @@ class SQLStore:
         self._own = _own
         self._errors = (engine.dialect.loaded_dbapi.Error, sa.exc.SQLAlchemyError, OSError, Unsettled)
         self._flavour: Flavour | None = None
+        self._failure: tuple[float, Exception] | None = None
         self._after_fork()
         _stores.add(self)
 
@@ -217,14 +220,28 @@ class SQLStore:
 
     def _prepare(self) -> Flavour:
         """Before the first use: learn what server it is, and make the tables."""
-        with self._lock:
+        # Threads that waited while one failed share its failure: each trying by itself would wait in a long row.
+        if not self._lock.acquire(timeout=self._timeout + 1):
+            raise TimeoutError("another thread is still opening the store")
+        try:
             if self._flavour is None:
-                if self._create:
-                    schema_module.create(self._engine, self._tables)
-                else:
-                    self._engine.connect().close()
-                self._flavour = choose(self._engine.dialect, self._tables)
+                if self._failure is not None and time.monotonic() < self._failure[0] + _FAILURE_SHARED:
+                    raise self._failure[1]
+                self._flavour = self._learn()
             return self._flavour
+        finally:
+            self._lock.release()
+
+    def _learn(self) -> Flavour:
+        try:
+            if self._create:
+                schema_module.create(self._engine, self._tables)
+            else:
+                self._engine.connect().close()
+            return choose(self._engine.dialect, self._tables)
+        except self._errors as error:
+            self._failure = (time.monotonic(), error)
+            raise
 
     def _after_fork(self) -> None:
         """What must not be shared with a parent: a lock that one of its threads may hold, and its threads."""
