@@ -69,6 +69,7 @@ _RESENDS = 2
 _DRIVER_ERRORS = (RedisError, RedisClusterException, OSError)
 
 _HEADER = struct.Struct(">BQ16s8sII")  # as record.lua says
+_REQUEST = struct.Struct(">16s8sIQQB")  # as claim.lua says
 _CLAIMED = struct.Struct(">QI")
 _HAS_FINGERPRINT, _HAS_RESULT = 8, 16
 _MAX_COUNT = 2**32 - 1
@@ -145,20 +146,22 @@ class RedisStore:
 
     def _claim(self, requests: Sequence[ClaimRequest]) -> list[ClaimOutcome]:
         keys: list[bytes] = []
-        values: list[Any] = []
+        values: list[bytes] = []
         for request in requests:
             mark = request.fingerprint
             if len(request.nonce) != NONCE_BYTES or (mark is not None and len(mark) != FINGERPRINT_BYTES):
                 raise ValueError(f"a nonce has {NONCE_BYTES} bytes, a fingerprint {FINGERPRINT_BYTES}")
             slot = self._slot(request.key)
             keys += (slot + request.key, slot + b"token")
-            values += (
-                request.nonce,
-                b"" if mark is None else mark,
-                _microseconds(request.lease),
-                _milliseconds(request.lease + request.retention),
-                _count(request.redrive),
-                int(request.reserve),
+            values.append(
+                _REQUEST.pack(
+                    request.nonce,
+                    mark or b"",
+                    _count(request.redrive),
+                    _microseconds(request.lease),
+                    _milliseconds(request.lease + request.retention),
+                    request.reserve + (mark is not None) * _HAS_FINGERPRINT,
+                )
             )
         return [_outcome(reply) for reply in self._run("claim", keys, values)]
 
@@ -208,7 +211,7 @@ class RedisStore:
             slots[key[0]].append(number)
         return list(slots.values())
 
-    def _run(self, verb: str, keys: list[bytes], values: list[Any]) -> Any:
+    def _run(self, verb: str, keys: list[bytes], values: Sequence[Any]) -> Any:
         """Run a verb's script. Whatever the driver raises, the outcome is unknown."""
         script = self._scripts(verb)
         try:
@@ -230,7 +233,7 @@ class RedisStore:
     def _scripts(self, verb: str) -> Script:
         return _script(verb)
 
-    def _evaluate(self, script: Script, keys: list[bytes], values: list[Any]) -> Any:
+    def _evaluate(self, script: Script, keys: list[bytes], values: Sequence[Any]) -> Any:
         try:
             return self._client.evalsha(script.sha, len(keys), *keys, *values)
         except NoScriptError:  # a new server, or SCRIPT FLUSH: sending the text makes it known again
@@ -255,7 +258,7 @@ class RedisStore:
 
 
 def _microseconds(seconds: float) -> int:
-    return math.ceil(min(seconds, _MAX_SECONDS) * 1_000_000)
+    return max(0, math.ceil(min(seconds, _MAX_SECONDS) * 1_000_000))
 
 
 def _milliseconds(seconds: float) -> int:

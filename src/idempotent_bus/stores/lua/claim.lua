@@ -1,8 +1,9 @@
 -- Claim records, each by itself: the rules are in store.py, and are followed here in their order.
 -- KEYS    two per entry: the record, the token counter of its slot
--- ARGV    six per entry: nonce (16 bytes), fingerprint (8 bytes or ''), lease in us, lease + retention in ms,
---         redrive, 1 to reserve else 0
--- returns one string per entry (one is much faster to read than an array): a letter, then
+-- ARGV    one per entry, packed because every argument costs the client as much as a step here:
+--         1-16 nonce, 17-24 fingerprint, 25-28 redrive, 29-36 lease in us, 37-44 lease + retention in ms,
+--         45 wishes: 1 to reserve + 8 if there is a fingerprint (as in a record's flags)
+-- returns one string per entry, packed likewise: a letter, then
 --         C claimed, T taken over: token (8 bytes), attempt (4); B busy: us until the lease ends (8);
 --         R completed: the result; N completed without a result; X conflict: the state (1)
 
@@ -17,19 +18,24 @@ local function next_token(counter)
   return token
 end
 
-local function claim(key, counter, nonce, fingerprint, lease, keep, redrive, reserve)
+local function claim(key, counter, request)
   local record = redis.call('GET', key)
+  local nonce, fingerprint, redrive = string.sub(request, 1, 16), string.sub(request, 17, 24), number4(request, 25)
+  local tail = bytes8(now + number8(request, 29))
+  local keep = string.format('%.0f', number8(request, 37))
+  local wishes = string.byte(request, 45)
+  local reserve, marked = wishes % 2 == 1, wishes >= HAS_FINGERPRINT
   local attempts, won = 0, 'C'
   if record then
     local state = state_of(record)
     local held = state == RESERVED or state == IN_PROGRESS
     attempts = number4(record, 34)
     if held and string.sub(record, 10, 25) == nonce then
-      redis.call('SET', key, string.sub(record, 1, 41) .. bytes8(now + lease), 'PX', keep)
+      redis.call('SET', key, string.sub(record, 1, 41) .. tail, 'PX', keep)
       local again = has(record, TAKEN_OVER) and 'T' or 'C'
       return again .. string.sub(record, 2, 9) .. bytes4(attempts + (state == RESERVED and 1 or 0))
     end
-    local comparable = fingerprint ~= '' and has(record, HAS_FINGERPRINT)
+    local comparable = marked and has(record, HAS_FINGERPRINT)
     if comparable and string.sub(record, 26, 33) ~= fingerprint and state ~= RELEASED then
       return 'X' .. string.char(state)
     end
@@ -57,20 +63,15 @@ local function claim(key, counter, nonce, fingerprint, lease, keep, redrive, res
   if not reserve then
     attempts = attempt
   end
-  local flags = (reserve and RESERVED or IN_PROGRESS) + (fingerprint ~= '' and HAS_FINGERPRINT or 0)
+  local flags = (reserve and RESERVED or IN_PROGRESS) + (marked and HAS_FINGERPRINT or 0)
     + (won == 'T' and TAKEN_OVER or 0)
-  local mark = fingerprint ~= '' and fingerprint or string.rep('\0', 8)
-  record = string.char(flags) .. token .. nonce .. mark .. bytes4(attempts) .. bytes4(redrive)
-  redis.call('SET', key, record .. bytes8(now + lease), 'PX', keep)
+  local head = string.char(flags) .. token .. nonce .. fingerprint
+  redis.call('SET', key, head .. bytes4(attempts) .. bytes4(redrive) .. tail, 'PX', keep)
   return won .. token .. bytes4(attempt)
 end
 
 local outcomes = {}
-for entry = 1, #KEYS / 2 do
-  local at = (entry - 1) * 6
-  outcomes[entry] = claim(
-    KEYS[entry * 2 - 1], KEYS[entry * 2], ARGV[at + 1], ARGV[at + 2], tonumber(ARGV[at + 3]), ARGV[at + 4],
-    tonumber(ARGV[at + 5]), ARGV[at + 6] == '1'
-  )
+for entry = 1, #ARGV do
+  outcomes[entry] = claim(KEYS[entry * 2 - 1], KEYS[entry * 2], ARGV[entry])
 end
 return outcomes
