@@ -57,7 +57,7 @@ class AmqpLane(Lane):
         self._last_used = 0.0
         self._exchanges: set[str] = {""}
         connection.transport_options["confirm_publish"] = False
-        # Without it a broker that stops reading holds the sender for ever.
+        # Against a broker that stops reading, which would hold the sender for ever (py-amqp's own guard is Linux's).
         connection.transport_options.setdefault("write_timeout", timeout)
         # Nobody would answer heartbeats between two publishes, and the broker would close the connection.
         connection.heartbeat = 0

@@ -48,9 +48,7 @@ def _kind_of(connection: Connection) -> type[Lane]:
     raise ConfigurationError(f"kombu's {transport.driver_type} transport is not supported: how it confirms is unknown")
 
 
-class VirtualLane(Lane):
-    """Over kombu's own virtual transports: what cannot be routed is an error here, where kombu drops it."""
-
+class _KombuLane(Lane):
     def __init__(
         self, connection: Connection, source: Connection | None, *, timeout: float, clock: Callable[[], float]
     ) -> None:
@@ -59,6 +57,10 @@ class VirtualLane(Lane):
             # Without them a server that stopped answering holds the sender for ever.
             connection.transport_options.setdefault("socket_timeout", timeout)
             connection.transport_options.setdefault("socket_connect_timeout", timeout)
+
+
+class VirtualLane(_KombuLane):
+    """Over kombu's own virtual transports: what cannot be routed is an error here, where kombu drops it."""
 
     def _prepare_channel(self) -> None:
         self._share_bindings()
@@ -98,7 +100,7 @@ class VirtualLane(Lane):
             raise _unroutable(exchange, routing_key)
 
 
-class EdgeLane(Lane):
+class EdgeLane(_KombuLane):
     """Over a transport of ours: it refuses a second copy itself, and says so."""
 
     edge = Edge.BROKER

@@ -107,7 +107,7 @@ class Sends:
         """What is raised after the last failure; it claims no more than all sends together allow."""
         weakest, text = self._weakest, self._weakest_text
         if weakest is Known.UNROUTABLE:
-            return Unroutable(f"{text}; nothing was stored", inner_msg_id)
+            return Unroutable(text if "nothing was stored" in text else f"{text}; nothing was stored", inner_msg_id)
         if weakest is Known.REFUSED:
             return Rejected(f"{text}; sends: {self.count}", inner_msg_id)
         again = "publish again with inner_msg_id=error.inner_msg_id to resend the very same message"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -335,6 +336,7 @@ def test_a_forked_child_has_a_connection_of_its_own(broker: Broker, make: Any, u
     with producer._lock:
         pid = os.fork()
         if pid == 0:
+            signal.alarm(20)  # a child that hangs must end too
             code = 1
             try:
                 producer.publish({"n": 2}, routing_key=queue)

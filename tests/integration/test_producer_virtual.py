@@ -164,3 +164,26 @@ def test_a_redis_that_refuses_is_rejected(unique: str) -> None:
         finally:
             client.delete(unique)
     assert type(caught.value.__cause__).__name__ == "ResponseError"
+
+
+@pytest.mark.parametrize("scheme", ["idempotent-redis", "idempotent-sqla"])
+def test_over_a_transport_of_ours_a_lost_reply_lands_once(scheme: str, drain: Any, tmp_path: Path, unique: str) -> None:
+    """Replies lost after the send: one message, landed at the edge; the same id published again is a duplicate."""
+    url = f"{scheme}+sqlite:///{tmp_path}/broker.db"
+    if scheme == "idempotent-redis":
+        url = servers.redis().replace("redis", scheme, 1)
+    lost = iter([True, True, False, False])
+
+    def step(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        if next(lost):
+            raise ConnectionResetError("reply lost")
+        return result
+
+    with IdempotentProducer(url, retry=FAST, step=step) as producer:
+        receipt = producer.publish({"n": 1}, routing_key=unique, declare=[Queue(unique)])
+        assert (receipt.landing, receipt.edge, receipt.sends) == (Landing.LANDED, Edge.BROKER, 3)
+        again = producer.publish({"n": 1}, routing_key=unique, inner_msg_id=receipt.inner_msg_id)
+        assert (again.landing, again.edge, again.sends) == (Landing.DUPLICATE, Edge.BROKER, 1)
+    with Connection(url) as connection:
+        assert len(drain(connection, unique)) == 1

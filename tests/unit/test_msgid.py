@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 import uuid
@@ -109,6 +110,7 @@ def test_a_forked_child_makes_other_ids_even_if_the_lock_was_held() -> None:
     with msgid._lock:  # as if another thread were in the middle of making an id
         pid = os.fork()
         if pid == 0:
+            signal.alarm(20)  # a child that hangs must end too
             ids = [new_inner_msg_id() for _ in range(100)]
             os.write(writer, "\n".join(ids).encode())
             os._exit(0)
