@@ -38,6 +38,13 @@ def until(condition: Callable[[], Any], seconds: float = 10.0, what: str = "it")
         time.sleep(0.01)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 class PrivateServer:
     """A redis-server that a test may flush, fill, pause and stop. Its port stays."""
 
@@ -47,9 +54,7 @@ class PrivateServer:
                 pytest.fail("no redis-server binary: in CI it must be there", pytrace=False)
             servers.left_out.add("redis-server (private)")
             pytest.skip("no redis-server binary")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self.plain = f"redis://127.0.0.1:{self.port}/0"
         self.ours = f"idempotent-{self.plain}"
         self.client = Redis(port=self.port, socket_timeout=10)

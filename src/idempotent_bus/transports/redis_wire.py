@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import ssl
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
@@ -235,7 +236,7 @@ class Wire:
             data = sock.recv(262144)
         except TimeoutError as error:
             raise exceptions.TimeoutError("Timeout reading from the Redis server") from error
-        except BlockingIOError:
+        except (BlockingIOError, ssl.SSLWantReadError):
             raise
         except OSError as error:
             raise exceptions.ConnectionError(f"Error while reading from the Redis server: {error}") from error
@@ -315,7 +316,7 @@ class Wire:
         if sock is None:
             return
         try:
-            while self._position < len(self._buffer) or select.select([sock], [], [], 0)[0]:
+            while self._position < len(self._buffer) or self._arrived(sock):
                 value, told = self._value()
                 if not told:
                     raise exceptions.ConnectionError("A reply came that nobody waits for")
@@ -323,6 +324,17 @@ class Wire:
         except BaseException:
             self.drop()
             raise
+
+    def _arrived(self, sock: socket.socket) -> bool:
+        """Read what is there, if anything. A readable TLS socket may have no byte for us (a session ticket)."""
+        sock.settimeout(0)
+        try:
+            self._more(sock)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+        finally:
+            sock.settimeout(self._timeout_of(None))
+        return True
 
     @property
     def pending(self) -> bool:
