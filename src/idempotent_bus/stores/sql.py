@@ -9,6 +9,7 @@ A claim is one atomic statement whose update applies only if the record may be c
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
@@ -87,7 +88,7 @@ class SQLStore:
         _own: bool = False,
     ) -> None:
         self._engine = engine
-        self._tables = schema_module.metadata(table_prefix, schema)
+        self._tables = schema_module.metadata(table_prefix, schema, parts=("store",))
         self._create = create
         self._timeout = timeout
         self._own = _own
@@ -272,6 +273,11 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
 def _drop(connection: PoolProxiedConnection) -> None:
     """Close a connection whose state is unknown, instead of giving it back."""
     spare: socket.socket | None = connection.info.get(SOCKET)
+    if getattr(connection.driver_connection, "in_transaction", False):
+        # SQLite closes a connection only when its last statement is forgotten, and an error that somebody keeps may
+        # keep one: the file would stay locked for as long.
+        with contextlib.suppress(Exception):
+            connection.rollback()
     connection.invalidate()
     if spare is not None:
         spare.close()

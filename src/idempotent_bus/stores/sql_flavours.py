@@ -72,7 +72,11 @@ class Work:
     def _run(self, name: str | Statement, parameters: dict[str, Any]) -> Any:
         statement = self._texts[name] if isinstance(name, str) else name
         cursor = self.driver.cursor()
-        cursor.execute(statement.text, statement.arguments(parameters))
+        try:
+            cursor.execute(statement.text, statement.arguments(parameters))
+        except BaseException:
+            cursor.close()
+            raise
         return cursor
 
     def _plain(self, text: str) -> None:
