@@ -158,6 +158,13 @@ MEMORY = [
         ("test_a_lapsed_lease_is_taken_over", "test_a_reservation_of_an_abandoned_record_says_so"),
     ),
     Mutant(
+        "a repeat forgets the takeover", "",
+        "            self._extend(entry, now, request.lease, request.retention)\n            return entry.claimed()",
+        "            self._extend(entry, now, request.lease, request.retention); entry.taken_over = False\n"
+        "            return entry.claimed()",
+        ("test_a_takeover_asked_again_is_still_a_takeover",),
+    ),
+    Mutant(
         "reservation taken over", "", "taken_over=entry.state is State.IN_PROGRESS", "taken_over=held",
         ("test_a_lapsed_reservation_is_not_taken_over",),
     ),

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from stores import KNOWN_GAPS
 from suite import LONG, Subject, new_key
 from test_mutants import MEMORY, mutated_memory
 
@@ -49,7 +48,6 @@ class Agreement(RuleBasedStateMachine):
     """A store beside its model. `subject` is set by the test."""
 
     subject: Subject
-    forgets_takeovers: bool
 
     @initialize()
     def begin(self) -> None:
@@ -85,8 +83,7 @@ class Agreement(RuleBasedStateMachine):
         outcome = self.store.claim_many([request])[0] if batch else self.store.claim(request)
         entry = self.entries.get(key)
         if entry and entry.state in HELD and entry.nonce == request.nonce:
-            told = entry.taken_over and not self.forgets_takeovers
-            assert outcome == Claimed(entry.token, self._attempt(entry), told)
+            assert outcome == Claimed(entry.token, self._attempt(entry), entry.taken_over)
         elif entry and entry.state is not State.RELEASED and self._differ(entry, request):
             assert outcome == Conflict(entry.state)
             return
@@ -207,8 +204,8 @@ EXAMPLES = {"memory": 100, "sqlite": 30, "redis": 30}
 LONGER = 20 if os.environ.get("IDEMPOTENT_BUS_LONG") else 1
 
 
-def agree(subject: Subject, examples: int, forgets_takeovers: bool, phases: tuple[Phase, ...] = tuple(Phase)) -> None:
-    machine = type("Machine", (Agreement,), {"subject": subject, "forgets_takeovers": forgets_takeovers})
+def agree(subject: Subject, examples: int, phases: tuple[Phase, ...] = tuple(Phase)) -> None:
+    machine = type("Machine", (Agreement,), {"subject": subject})
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         machine,
         settings=settings(
@@ -228,8 +225,7 @@ def agree(subject: Subject, examples: int, forgets_takeovers: bool, phases: tupl
 def test_a_store_agrees_with_its_model(contract_store: Subject, request: pytest.FixtureRequest) -> None:
     """Whatever is asked in whatever order, the store answers as the contract's rules say."""
     name = request.node.callspec.params["contract_store"]
-    gap = (name, "test_a_takeover_asked_again_is_still_a_takeover") in KNOWN_GAPS
-    agree(contract_store, EXAMPLES[name], gap)
+    agree(contract_store, EXAMPLES[name])
 
 
 @pytest.mark.parametrize("name", ["token not compared", "nonce not compared", "takeover not told", "no conflicts"])
@@ -237,4 +233,4 @@ def test_the_model_notices(name: str) -> None:
     """Control: without a protection the store and the model disagree."""
     mutant = next(mutant for mutant in MEMORY if mutant.name == name)
     with pytest.raises(AssertionError):
-        agree(mutated_memory(mutant), EXAMPLES["memory"], True, (Phase.generate,))
+        agree(mutated_memory(mutant), EXAMPLES["memory"], (Phase.generate,))
