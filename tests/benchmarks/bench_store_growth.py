@@ -1,0 +1,315 @@
+"""Does a store get slower as it fills? claim + complete on fresh keys, beside few and beside many old records.
+
+    python tests/benchmarks/bench_store_growth.py --stores sqlite,redis --sizes 10000,1000000
+
+Stores: sqlite (as opened by default), sqlite-normal (?synchronous=NORMAL), redis (a server of its own), postgresql,
+mariadb. The old records are written in bulk in the store's own layout; what is measured are the public verbs. Small
+and large stores take turns, round by round, so that a busy machine slows both. Prints a table and writes
+`reports/store_growth.md`. Exit code 1 if the largest store costs more than `--bound` times the smallest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import secrets
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import servers
+from idempotent_bus.model import Claimed, ClaimRequest, Hold, State
+from idempotent_bus.stores import open_store
+
+REPORT = Path(__file__).parent / "reports" / "store_growth.md"
+DAY = 86400.0
+BLOCK = 5000
+
+
+@dataclass
+class Filled:
+    """A store with so many old records. size_of: bytes that all of them take. version: the server's or library's."""
+
+    store: Any
+    size_of: Callable[[], int]
+    version: str
+
+
+def ask() -> ClaimRequest:
+    return ClaimRequest(os.urandom(16), os.urandom(16), 60.0, DAY, os.urandom(8))
+
+
+def pair(store: Any) -> None:
+    """The work that is measured: one claim that wins, and its completion."""
+    request = ask()
+    claimed = store.claim(request)
+    assert isinstance(claimed, Claimed)
+    assert store.complete(Hold(request.key, claimed.token, request.nonce), result=None, retention=DAY)
+
+
+def progress(text: str) -> None:
+    print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def blocks(count: int, what: str) -> Iterator[int]:
+    for done in range(0, count, BLOCK):
+        progress(f"{what}: {done:,} of {count:,}")
+        yield min(BLOCK, count - done)
+    progress("")
+
+
+# --- filling -----------------------------------------------------------------------------------------------------
+
+
+def fill_sql(store: Any, count: int, what: str) -> None:
+    """Completed records by plain INSERTs: keys at random, times as if they had come one after another."""
+    from idempotent_bus import schema
+
+    pair(store)
+    table = schema.records(store._tables)
+    now = time.time_ns() // 1000
+    number = 0
+    with store._engine.connect() as connection:
+        connection = connection.execution_options(isolation_level="SERIALIZABLE")
+        for size in blocks(count - 1, what):
+            rows = []
+            for _ in range(size):
+                number += 1
+                kept = now + int(DAY * 1e6) + number
+                rows.append(
+                    {
+                        "record_key": os.urandom(16),
+                        "nonce": os.urandom(16),
+                        "token": number,
+                        "lease_ends": now + 60_000_000 + number,
+                        "kept_until": kept,
+                        "purge_after": kept,
+                        "redrive": 0,
+                        "attempts": 1,
+                        "state": int(State.COMPLETED),
+                        "flags": 0,
+                        "fingerprint": os.urandom(8),
+                    }
+                )
+            with connection.begin():
+                connection.execute(table.insert(), rows)
+
+
+@contextlib.contextmanager
+def sqlite(count: int, query: str = "") -> Iterator[Filled]:
+    import sqlite3
+
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "store.db"
+        with contextlib.closing(open_store(f"sqlite:///{file}?synchronous=NORMAL")) as filler:
+            fill_sql(filler, count, "filling SQLite")
+        store = open_store(f"sqlite:///{file}{query}")
+        yield Filled(store, lambda: file.stat().st_size, f"SQLite {sqlite3.sqlite_version}")
+        store.close()
+
+
+@contextlib.contextmanager
+def server(url: str, sizes: str) -> Iterator[Callable[[int], Any]]:
+    import sqlalchemy as sa
+
+    prefix = f"b{secrets.token_hex(6)}_"
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+    store = open_store(url, table_prefix=prefix)
+
+    def filled(count: int) -> Filled:
+        fill_sql(store, count, f"filling {engine.dialect.name}")
+        with engine.connect() as connection:
+            if engine.dialect.name == "postgresql":
+                connection.exec_driver_sql(f"VACUUM ANALYZE {prefix}records")
+            else:
+                connection.exec_driver_sql(f"ANALYZE TABLE {prefix}records").close()
+            version = connection.exec_driver_sql("SHOW server_version" if "postgres" in url else "SELECT version()")
+            name = f"{engine.dialect.name} {str(version.scalar()).split('-')[0].split(' ')[0]}"
+
+        def size() -> int:
+            with engine.connect() as connection:
+                return int(connection.exec_driver_sql(sizes.format(f"{prefix}records")).scalar() or 0)
+
+        return Filled(store, size, name)
+
+    try:
+        yield filled
+    finally:
+        store.close()
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"DROP TABLE IF EXISTS {prefix}records")
+            connection.exec_driver_sql(f"DROP SEQUENCE IF EXISTS {prefix}tokens")
+        engine.dispose()
+
+
+@contextlib.contextmanager
+def postgresql(count: int) -> Iterator[Filled]:
+    with server(servers.POSTGRESQL, "SELECT pg_total_relation_size('{}')") as filled:
+        yield filled(count)
+
+
+@contextlib.contextmanager
+def mariadb(count: int) -> Iterator[Filled]:
+    size = "SELECT data_length + index_length FROM information_schema.tables WHERE table_name = '{}'"
+    with server(servers.MARIADB, size) as filled:
+        yield filled(count)
+
+
+@contextlib.contextmanager
+def redis(count: int) -> Iterator[Filled]:
+    """A server of its own, so that a million keys are in nobody's way; persistence off, as it is not what is asked."""
+    import redis as driver
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [shutil.which("redis-server") or "redis-server", "--port", str(port), "--save", "", "--appendonly", "no"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        client = driver.Redis(port=port)
+        deadline = time.monotonic() + 10
+        while True:
+            with contextlib.suppress(driver.ConnectionError):
+                client.ping()
+                break
+            assert time.monotonic() < deadline, "redis-server did not start"
+            time.sleep(0.05)
+        store: Any = open_store(f"redis://127.0.0.1:{port}/0")
+        request = ask()
+        claimed = store.claim(request)
+        assert store.complete(Hold(request.key, claimed.token, request.nonce), result=None, retention=DAY)
+        # A completed record as the store itself writes it; the key is not part of it.
+        record = client.get(store._key(request.key))
+        empty = int(client.info("memory")["used_memory"])
+        for size in blocks(count - 1, "filling Redis"):
+            with client.pipeline(transaction=False) as pipeline:
+                for number in range(size):
+                    pipeline.set(store._key(os.urandom(16)), record, px=int(DAY * 1000) + number)
+                pipeline.execute()
+        version = f"Redis {client.info('server')['redis_version']}"
+        yield Filled(store, lambda: int(client.info("memory")["used_memory"]) - empty, version)
+        store.close()
+        client.close()
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+STORES: dict[str, Callable[[int], contextlib.AbstractContextManager[Filled]]] = {
+    "sqlite": sqlite,
+    "sqlite-normal": lambda count: sqlite(count, "?synchronous=NORMAL"),
+    "redis": redis,
+    "postgresql": postgresql,
+    "mariadb": mariadb,
+}
+
+
+# --- measuring ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Measured:
+    """microseconds: of one claim + complete, one figure a round. bytes_each: per old record."""
+
+    size: int
+    microseconds: list[float]
+    bytes_each: float
+    version: str
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.microseconds)
+
+
+def measure(name: str, sizes: list[int], *, rounds: int = 15, pairs: int = 300) -> list[Measured]:
+    """Fill one store of each size, then let them take turns."""
+    with contextlib.ExitStack() as stack:
+        filled = [stack.enter_context(STORES[name](size)) for size in sizes]
+        bytes_each = [one.size_of() / size for one, size in zip(filled, sizes, strict=True)]
+        figures: list[list[float]] = [[] for _ in sizes]
+        for number in range(rounds + 1):
+            progress(f"{name}: round {number} of {rounds}")
+            order = list(range(len(sizes)))[:: 1 if number % 2 else -1]
+            for at in order:
+                began = time.perf_counter()
+                for _ in range(pairs):
+                    pair(filled[at].store)
+                if number:  # the first round warms caches and connections
+                    figures[at].append((time.perf_counter() - began) / pairs * 1e6)
+        progress("")
+        return [
+            Measured(size, figure, each, one.version)
+            for size, figure, each, one in zip(sizes, figures, bytes_each, filled, strict=True)
+        ]
+
+
+def table(results: dict[str, list[Measured]]) -> str:
+    lines = [
+        "| store | records | claim + complete, us: median (min to max) | pairs/s | cost, fewest = 1 | bytes a record |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, measured in results.items():
+        for one in measured:
+            low, high = min(one.microseconds), max(one.microseconds)
+            lines.append(
+                f"| {name} | {one.size:,} | {one.median:,.0f} ({low:,.0f} to {high:,.0f}) | {1e6 / one.median:,.0f} "
+                f"| {one.median / measured[0].median:.2f} | {one.bytes_each:,.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def report(results: dict[str, list[Measured]], rounds: int, pairs: int) -> str:
+    import sqlalchemy
+
+    versions = sorted({one.version for measured in results.values() for one in measured})
+    return f"""# Growth of the stores
+
+`python tests/benchmarks/bench_store_growth.py --stores {",".join(results)} --sizes \
+{",".join(str(one.size) for one in next(iter(results.values())))}`
+
+{table(results)}
+
+One client; {rounds} rounds of {pairs} pairs for each size, the sizes taking turns; fresh random keys; the old records
+are completed ones. `sqlite` commits durably (synchronous=FULL), `sqlite-normal` does not wait for the disk; Redis runs
+without persistence. Servers and client share the machine: {os.cpu_count()} cores, {platform.system()}, Python
+{platform.python_version()}, SQLAlchemy {sqlalchemy.__version__}, {", ".join(versions)}. Measured on
+{datetime.now(timezone.utc):%Y-%m-%d}.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stores", default="sqlite,redis", help=f"of: {', '.join(STORES)}")
+    parser.add_argument("--sizes", default="10000,1000000")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--pairs", type=int, default=300)
+    parser.add_argument("--bound", type=float, default=1.5)
+    parser.add_argument("--report", type=Path, default=REPORT)
+    options = parser.parse_args()
+    sizes = sorted(int(size) for size in options.sizes.split(","))
+    results = {
+        name: measure(name, sizes, rounds=options.rounds, pairs=options.pairs) for name in options.stores.split(",")
+    }
+    print(table(results))
+    options.report.parent.mkdir(exist_ok=True)
+    options.report.write_text(report(results, options.rounds, options.pairs), "utf-8")
+    slow = [name for name, measured in results.items() if measured[-1].median > options.bound * measured[0].median]
+    if slow:
+        print(f"more than {options.bound} times the cost: {', '.join(slow)}", file=sys.stderr)
+    return 1 if slow else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
