@@ -104,6 +104,10 @@ class Lane(ABC):
             self.declare(outgoing.declare)
         return self._deliver(outgoing)
 
+    def edge_of(self, outgoing: Outgoing) -> Edge:
+        """Where a second copy of this message, which was just sent, is refused. Never raises."""
+        return self.edge
+
     def declare(self, entities: Iterable[Any]) -> None:
         """Declare exchanges and queues, each once per connection. Nothing is sent while this fails."""
         for entity in entities:

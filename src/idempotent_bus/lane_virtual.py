@@ -19,8 +19,8 @@ __all__ = ["EdgeLane", "VirtualLane", "make_lane"]
 
 #: kombu's transports that return before the broker has answered and report no failure: a receipt would be a guess.
 _REPORT_NOTHING: Final = {
-    "kafka": "kombu's Kafka transport does not report failed deliveries",
-    "gcpubsub": "kombu's Pub/Sub transport does not wait for the publish's answer",
+    "kafka": "kombu's Kafka transport does not report failed deliveries (idempotent-kafka:// does)",
+    "gcpubsub": "kombu's Pub/Sub transport does not wait for the publish's answer (idempotent-gcpubsub:// does)",
 }
 
 #: Virtual transports that store a broadcast for every queue that is bound, whether or not anybody reads it now.
@@ -38,11 +38,11 @@ def _kind_of(connection: Connection) -> type[Lane]:
     transport = connection.transport
     if transport.driver_type == "amqp":
         return AmqpLane
-    if transport.driver_type in _REPORT_NOTHING:
-        raise ConfigurationError(f"{_REPORT_NOTHING[transport.driver_type]}, so no receipt could be truthful")
     channel = getattr(transport, "Channel", None)
     if getattr(channel, "idempotent_edge", False):
         return EdgeLane
+    if transport.driver_type in _REPORT_NOTHING:
+        raise ConfigurationError(f"{_REPORT_NOTHING[transport.driver_type]}, so no receipt could be truthful")
     if isinstance(channel, type) and issubclass(channel, VirtualChannel):
         return VirtualLane
     raise ConfigurationError(f"kombu's {transport.driver_type} transport is not supported: how it confirms is unknown")
@@ -57,6 +57,9 @@ class _KombuLane(Lane):
             # Without them a server that stopped answering holds the sender for ever.
             connection.transport_options.setdefault("socket_timeout", timeout)
             connection.transport_options.setdefault("socket_connect_timeout", timeout)
+        limit_publish = getattr(connection.transport, "limit_publish", None)
+        if limit_publish is not None:  # our transports over other drivers set what theirs understands
+            limit_publish(connection.transport_options, timeout)
 
 
 class VirtualLane(_KombuLane):
@@ -101,12 +104,16 @@ class VirtualLane(_KombuLane):
 
 
 class EdgeLane(_KombuLane):
-    """Over a transport of ours: it refuses a second copy itself, and says so."""
+    """Over a transport of ours: it refuses a second copy itself, or says that its broker does not."""
 
     edge = Edge.BROKER
 
     def _prepare_channel(self) -> None:
         self._share_bindings()
+
+    def edge_of(self, outgoing: Outgoing) -> Edge:
+        edge_of = getattr(self._channel, "edge_of", None)
+        return self.edge if edge_of is None else edge_of(outgoing.exchange, outgoing.routing_key)
 
     def _deliver(self, outgoing: Outgoing) -> Landing:
         channel = self._channel

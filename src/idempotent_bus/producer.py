@@ -19,7 +19,7 @@ from .headers import INNER_MSG_ID
 from .identity import BizIdSpec, extract_biz_id
 from .lane_amqp import AmqpLane
 from .lane_virtual import make_lane
-from .model import Landing, Receipt
+from .model import Edge, Landing, Receipt
 from .msgid import is_inner_msg_id, new_inner_msg_id
 from .outgoing import Outgoing, prepare
 from .resend import NotConfirmed, ResendPolicy, Sends
@@ -234,7 +234,7 @@ class IdempotentProducer:
         sends = Sends(self._policy)
         while True:
             try:
-                landing = self._send_once(outgoing, sends)
+                landing, edge = self._send_once(outgoing, sends)
             except NotConfirmed as failure:
                 pause = sends.failed(failure)
                 if pause is None:
@@ -242,7 +242,7 @@ class IdempotentProducer:
             else:
                 if fresh:
                     landing = Landing.LANDED
-                return Receipt(outgoing.inner_msg_id or "", landing, self._lane.edge, sends.count + 1)
+                return Receipt(outgoing.inner_msg_id or "", landing, edge, sends.count + 1)
             self._policy.sleep(pause)
 
     def _publish_each(self, messages: Iterable[Any], options: Mapping[str, Any]) -> list[Receipt]:
@@ -265,11 +265,11 @@ class IdempotentProducer:
             raise PublishManyError(text, results) from reason
         return [result for result in results if isinstance(result, Receipt)]
 
-    def _send_once(self, outgoing: Outgoing, sends: Sends) -> Landing:
+    def _send_once(self, outgoing: Outgoing, sends: Sends) -> tuple[Landing, Edge]:
         with self._lock:
             lane = self._lane
             try:
-                return self._step(hooks.PUBLISH, lane.send, outgoing)
+                return self._step(hooks.PUBLISH, lane.send, outgoing), lane.edge_of(outgoing)
             except Exception as error:
                 failure = lane.judge(error)
                 if failure is not None:
