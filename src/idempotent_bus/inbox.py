@@ -11,21 +11,23 @@ broker says was delivered before, since then the last run may have died.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from . import schema
-from .consumer import Handler, IdempotentHandler
 from .dialects import NOW_US, is_contention
 from .errors import ConfigurationError, HandlerAcknowledged, Permanent
 from .execution import Ended, Ending, Work, decode_result, encode_result, last_line
-from .hooks import ACK, CLAIM, COMMIT, DEAD_LETTER, HANDLER, WAIT, Step, direct
+from .handler import HandlerP, HandlerR, IdempotentHandler
+from .hooks import ACK, CLAIM, COMMIT, DEAD_LETTER, HANDLER, RELEASE, WAIT, Step, direct
 from .identity import BizIdSpec, FingerprintSpec
 from .model import Reason
 from .policy import DAY, Backoff, Policy
@@ -38,6 +40,17 @@ log = logging.getLogger(__name__)
 _TRIES: Final = 4
 #: How long a copy waits in the database for the transaction that holds its record, before it comes back later.
 _LOCK_WAIT_MS: Final = 1000
+
+# As libpq numbers the states of a transaction.
+_IDLE: Final = 0
+_IN_ERROR: Final = 3
+
+# The earlier value comes back from the statement that sets the new one: it may be the session's, not the server's.
+_LIMIT_WAIT: Final = sa.text(
+    "WITH earlier AS MATERIALIZED (SELECT current_setting('lock_timeout') AS wait) "
+    "SELECT wait FROM earlier WHERE set_config('lock_timeout', :wait, true) IS NOT NULL"
+)
+_RESTORE_WAIT: Final = sa.text("SELECT set_config('lock_timeout', :wait, true)")
 
 # Both have INSERT ... ON CONFLICT, each under a class of its own.
 _INSERTS: Final[dict[str, Any]] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
@@ -77,14 +90,42 @@ class Inbox:
                     self._created = True
         return self.engine.connect()
 
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[tuple[sa.Connection, sa.RootTransaction]]:
+        """A transaction that is rolled back at the end unless it was committed. Raises ConfigurationError if the
+        engine commits each statement by itself, since record and effect would not be one commit.
+        """
+        with self.connect() as connection:
+            transaction = connection.begin()
+            try:
+                driver = connection.connection.dbapi_connection
+                if _commits_by_itself(connection, driver):
+                    raise ConfigurationError(
+                        "the inbox needs transactions, and this engine is in autocommit: a record would be durable "
+                        "without its effect. Give it an engine without isolation_level='AUTOCOMMIT'"
+                    )
+                yield connection, transaction
+            finally:
+                if transaction.is_active:
+                    with contextlib.suppress(sa.exc.DBAPIError):  # a dead connection: the server rolls back by itself
+                        transaction.rollback()
+
+    @contextlib.contextmanager
+    def briefly(self, connection: sa.Connection) -> Iterator[None]:
+        """Within it a statement waits only briefly for another transaction. The handler's locks are its own matter."""
+        if self.engine.dialect.name != "postgresql":  # SQLite has the engine's own timeout
+            yield
+            return
+        earlier = connection.execute(_LIMIT_WAIT, {"wait": f"{_LOCK_WAIT_MS}ms"}).scalar_one()
+        yield
+        connection.execute(_RESTORE_WAIT, {"wait": earlier})
+
     def insert(self, connection: sa.Connection, work: Work, retention: float) -> bool:
         """Insert the record. True: it is ours. False: the biz-id was completed before, by a commit.
 
         Waits for a transaction that is inserting the same record, and sees how it ended.
         """
         table = self._table
-        if self.engine.dialect.name == "postgresql":
-            connection.execute(sa.text(f"SET LOCAL lock_timeout = {_LOCK_WAIT_MS}"))
         kept_until = self._now + int(retention * 1_000_000)
         statement = self._insert(table).values(
             record_key=work.key,
@@ -96,13 +137,17 @@ class Inbox:
         )
         statement = statement.on_conflict_do_update(
             index_elements=[table.c.record_key],
-            set_={"completed": 1, "fingerprint": statement.excluded.fingerprint, "kept_until": kept_until},
+            # A record whose retention is over may have a result, which is not this run's.
+            set_={
+                "completed": 1,
+                "fingerprint": statement.excluded.fingerprint,
+                "result": sa.null(),
+                "kept_until": kept_until,
+            },
             where=sa.or_(table.c.completed == 0, table.c.kept_until <= self._now),
         )
-        ours = connection.execute(statement).rowcount == 1
-        if self.engine.dialect.name == "postgresql":
-            connection.execute(sa.text("SET LOCAL lock_timeout TO DEFAULT"))  # the handler's locks are its own matter
-        return ours
+        with self.briefly(connection):
+            return connection.execute(statement).rowcount == 1
 
     def completed(self, connection: sa.Connection, work: Work) -> tuple[bytes | None, bytes | None]:
         """The fingerprint and the result of a completed record."""
@@ -110,10 +155,12 @@ class Inbox:
         query = sa.select(table.c.fingerprint, table.c.result).where(table.c.record_key == work.key)
         return connection.execute(query).tuples().one()
 
-    def store_result(self, connection: sa.Connection, work: Work, result: bytes | None) -> None:
-        """Keep the handler's result with its record."""
+    def store_result(self, connection: sa.Connection, work: Work, result: bytes) -> None:
+        """Keep the handler's result with its record. Raises Permanent if the record is not there any more."""
         table = self._table
-        connection.execute(sa.update(table).where(table.c.record_key == work.key).values(result=result))
+        statement = sa.update(table).where(table.c.record_key == work.key).values(result=result)
+        if connection.execute(statement).rowcount != 1:
+            raise Permanent("the record is gone: the handler ended the transaction by a statement of its own")
 
     def count_attempt(self, work: Work, retention: float) -> int:
         """Count an attempt, durably, before the handler runs or after it raised. 0: completed in the meantime."""
@@ -139,8 +186,10 @@ class Inbox:
             },
             where=sa.or_(table.c.completed == 0, over),
         ).returning(table.c.attempts)
-        with self.connect() as connection, connection.begin():
-            counted = connection.execute(statement).scalar_one_or_none()
+        with self.transaction() as (connection, transaction):
+            with self.briefly(connection):
+                counted = connection.execute(statement).scalar_one_or_none()
+            transaction.commit()
         return int(counted or 0)
 
     def purge(self, *, limit: int = 1000) -> int:
@@ -148,7 +197,9 @@ class Inbox:
         table = self._table
         over = sa.select(table.c.record_key).where(table.c.kept_until <= self._now).limit(limit)
         with self.connect() as connection, connection.begin():
-            return connection.execute(sa.delete(table).where(table.c.record_key.in_(over))).rowcount
+            # The time is looked at again for the row that is deleted: it may have been claimed anew in between.
+            statement = sa.delete(table).where(table.c.record_key.in_(over), table.c.kept_until <= self._now)
+            return connection.execute(statement).rowcount
 
 
 class _HandlerRaised(Exception):
@@ -159,8 +210,20 @@ class _HandlerRaised(Exception):
         self.error = error
 
 
+class _Unfinished(Exception):
+    """The handler ran, but it is not known whether its transaction was committed, or it must be repeated as a whole."""
+
+    def __init__(self, error: sa.exc.DBAPIError) -> None:
+        super().__init__()
+        self.error = error
+
+
 class _Transactions:
-    """Runs work in transactions: the counterpart of `execution.Executor`. Safe for threads."""
+    """Runs work in transactions: the counterpart of `execution.Executor`. Safe for threads.
+
+    The database decides first, and only then the broker is answered: an error of the one is never taken for an error
+    of the other, also where both are SQL databases.
+    """
 
     def __init__(
         self, inbox: Inbox, policy: Policy, *, draw: Callable[[], float] = random.random, step: Step = direct
@@ -173,109 +236,161 @@ class _Transactions:
 
     def handle(self, work: Work) -> Ending:
         """Handle one delivery; settles it, whatever happens, unless the broker's connection fails."""
-        counted = 0
         try:
-            if work.redelivered:
-                counted = self._inbox.count_attempt(work, self.policy.retention)
-            if counted > self.policy.max_attempts:
-                return self._bury(work, Reason.ATTEMPTS, "the attempts are used up", counted - 1)
-            for _ in range(_TRIES):
-                try:
-                    return self._transact(work)
-                except _HandlerRaised as raised:
-                    return self._failed(work, raised.error, counted)
-                except sa.exc.OperationalError as error:
-                    if _is_lock_timeout(error):
-                        return self._wait(work, Ended.BUSY)
-                    # A deadlock, a serialization failure, or a COMMIT with an unknown outcome: doing it again tells.
-                    last = error
-            raise last
+            answer = self._decide(work)
         except sa.exc.SQLAlchemyError as error:
-            log.warning("the inbox of scope %s is in doubt, nothing is acked: %s", work.scope, type(error).__name__)
-            return self._wait(work, Ended.IN_DOUBT)
+            if _is_lock_timeout(error):
+                answer = functools.partial(self._wait, work, Ended.BUSY)
+            else:
+                reason = f"{type(error).__name__}: {str(getattr(error, 'orig', error)).partition(chr(10))[0]}"
+                log.warning("the inbox of scope %s is in doubt, nothing is acked (%s)", work.scope, reason)
+                answer = functools.partial(self._wait, work, Ended.IN_DOUBT)
+        return answer()
 
     def handle_window(self, works: Sequence[Work]) -> list[Ending]:
         """One transaction for each."""
         return [self.handle(work) for work in works]
 
-    def _transact(self, work: Work) -> Ending:
-        with self._inbox.connect() as connection:
-            transaction = connection.begin()
+    def _decide(self, work: Work) -> Callable[[], Ending]:
+        """What to answer the broker. Raises SQLAlchemyError if the database does not tell."""
+        counted = 0
+        if work.redelivered:
+            counted = self._step(CLAIM, self._inbox.count_attempt, work, self.policy.retention)
+            if counted > self.policy.max_attempts:
+                return functools.partial(self._bury, work, Reason.ATTEMPTS, "the attempts are used up", counted - 1)
+        ran = False
+        for _ in range(_TRIES):
             try:
-                if not self._step(CLAIM, self._inbox.insert, connection, work, self.policy.retention):
-                    seen, result = self._inbox.completed(connection, work)
-                    transaction.rollback()
-                    if None not in (seen, work.fingerprint) and seen != work.fingerprint:
-                        return self._bury(work, Reason.CONFLICT, "the biz-id is completed with another body", 0)
-                    self._step(ACK, work.settle.ack)
-                    return Ending(Ended.REPLAYED, decode_result(result))
-                value = self._run(work, connection, transaction)
-                result = encode_result(value, work.scope)
-                if result is not None:
-                    self._inbox.store_result(connection, work, result)
+                return self._transact(work)
+            except _HandlerRaised as raised:
+                return self._failed(work, raised.error, counted)
+            except _Unfinished as unfinished:
+                ran, error = True, unfinished.error
+            except sa.exc.DBAPIError as before_any_handler:
+                if not _is_worth_repeating(before_any_handler):
+                    raise
+                error = before_any_handler
+        if ran:
+            # It ran, and never came to its end: an attempt, or else this could go on for ever. To count it is to
+            # insert, which waits for a COMMIT that is still under way, and counts nothing after it.
+            attempt = self._step(RELEASE, self._inbox.count_attempt, work, self.policy.retention)
+            if attempt >= self.policy.max_attempts:
+                return functools.partial(self._bury, work, Reason.ATTEMPTS, last_line(error), attempt)
+        raise error
+
+    def _transact(self, work: Work) -> Callable[[], Ending]:
+        with self._inbox.transaction() as (connection, transaction):
+            if not self._step(CLAIM, self._inbox.insert, connection, work, self.policy.retention):
+                seen, result = self._inbox.completed(connection, work)
+                if None not in (seen, work.fingerprint) and seen != work.fingerprint:
+                    return functools.partial(
+                        self._bury, work, Reason.CONFLICT, "the biz-id is completed with another body", 0
+                    )
+                return functools.partial(self._ack, work, Ended.REPLAYED, decode_result(result))
+            value = self._run(work, connection, transaction)
+            try:
                 self._step(COMMIT, transaction.commit)
-            finally:
-                if transaction.is_active:
-                    transaction.rollback()
-        self._step(ACK, work.settle.ack)
-        return Ending(Ended.COMPLETED, value)
+            except sa.exc.OperationalError as error:
+                if _is_lock_timeout(error):
+                    raise  # SQLite: readers are in the way, nothing was committed
+                raise _Unfinished(error) from error
+            except sa.exc.DBAPIError as error:
+                if error.connection_invalidated:
+                    raise _Unfinished(error) from error
+                raise _HandlerRaised(error) from error  # a deferred constraint: the database said no
+        return functools.partial(self._ack, work, Ended.COMPLETED, value)
 
     def _run(self, work: Work, connection: sa.Connection, transaction: sa.RootTransaction) -> Any:
         try:
             value = self._step(HANDLER, work.run, connection)
-            if not transaction.is_active:
-                raise Permanent("the handler committed or rolled back the transaction, which is the library's to end")
-            _check_not_aborted(connection)
+            _check_still_open(connection, transaction)
+            result = encode_result(value, work.scope)
+            if result is not None:
+                self._inbox.store_result(connection, work, result)
         except sa.exc.DBAPIError as error:
             if error.orig is not None and is_contention(error.orig):
-                raise  # the whole transaction is repeated
+                raise _Unfinished(error) from error  # the whole transaction is repeated
             raise _HandlerRaised(error) from error
         except Exception as error:
             raise _HandlerRaised(error) from error
         return value
 
-    def _failed(self, work: Work, error: Exception, counted: int) -> Ending:
-        attempt = counted or self._inbox.count_attempt(work, self.policy.retention)
+    def _failed(self, work: Work, error: Exception, counted: int) -> Callable[[], Ending]:
+        attempt = counted or self._step(RELEASE, self._inbox.count_attempt, work, self.policy.retention)
         log.warning("handler in scope %s raised %s, rolled back", work.scope, type(error).__name__, exc_info=error)
         if isinstance(error, self._permanent):
-            return self._bury(work, Reason.PERMANENT, last_line(error), attempt)
+            return functools.partial(self._bury, work, Reason.PERMANENT, last_line(error), attempt)
         if attempt >= self.policy.max_attempts:
-            return self._bury(work, Reason.ATTEMPTS, last_line(error), attempt)
-        self._step(WAIT, work.settle.wait, self.policy.backoff.delay(max(attempt, 1), self._draw))
-        return Ending(Ended.FAILED)
+            return functools.partial(self._bury, work, Reason.ATTEMPTS, last_line(error), attempt)
+        delay = self.policy.backoff.delay(max(attempt, 1), self._draw)
+        return functools.partial(self._wait_for, work, Ended.FAILED, delay)
+
+    # --- answering the broker -------------------------------------------------------------------------
+
+    def _ack(self, work: Work, how: Ended, value: Any) -> Ending:
+        self._step(ACK, work.settle.ack)
+        return Ending(how, value)
 
     def _bury(self, work: Work, reason: Reason, error: str, attempts: int) -> Ending:
         self._step(DEAD_LETTER, work.settle.dead_letter, reason, error, attempts)
         return Ending(Ended.DEAD)
 
     def _wait(self, work: Work, how: Ended) -> Ending:
-        self._step(WAIT, work.settle.wait, self.policy.busy_delay * (1 + self._draw() / 2))
+        return self._wait_for(work, how, self.policy.busy_delay * (1 + self._draw() / 2))
+
+    def _wait_for(self, work: Work, how: Ended, delay: float) -> Ending:
+        self._step(WAIT, work.settle.wait, delay)
         return Ending(how)
 
 
-def _check_not_aborted(connection: sa.Connection) -> None:
-    """Raise if an error that the handler swallowed has aborted the transaction.
+def _commits_by_itself(connection: sa.Connection, driver: Any) -> bool:
+    """True if no transaction is open, although one was begun: the driver ends it with each statement."""
+    if getattr(driver, "in_transaction", False):
+        return False  # SQLite with a BEGIN of the engine's own
+    detect = getattr(connection.dialect, "detect_autocommit_setting", None)
+    if detect is not None:
+        with contextlib.suppress(NotImplementedError):
+            return bool(detect(driver))
+    if connection.dialect.name == "sqlite":
+        return getattr(driver, "isolation_level", "") is None
+    return getattr(driver, "autocommit", False) is True
+
+
+def _check_still_open(connection: sa.Connection, transaction: sa.RootTransaction) -> None:
+    """Raise if the transaction is not as the handler got it: open, and fit for a COMMIT.
 
     PostgreSQL answers COMMIT of an aborted transaction with a quiet ROLLBACK, and psycopg raises nothing: the
     message would be acked without its effect.
     """
+    ended = Permanent("the handler committed or rolled back the transaction, which is the library's to end")
+    if not transaction.is_active:
+        raise ended
+    driver = connection.connection.dbapi_connection
+    if getattr(driver, "in_transaction", True) is False:
+        raise ended  # SQLite, by a statement of its own
     if connection.dialect.name != "postgresql":
         return
-    info = getattr(connection.connection.dbapi_connection, "info", None)
-    status = getattr(info, "transaction_status", None)
+    status = getattr(getattr(driver, "info", None), "transaction_status", None)
     if status is None:
         connection.execute(sa.text("SELECT 1"))  # another driver: an aborted transaction refuses this
-    elif getattr(status, "name", "") == "INERROR":
+    elif status == _IDLE:
+        raise ended
+    elif status == _IN_ERROR:
         raise sa.exc.InvalidRequestError(
             "a statement of the handler failed and the handler went on: PostgreSQL will not commit this transaction; "
             "let the error out, or use connection.begin_nested() around what may fail"
         )
 
 
-def _is_lock_timeout(error: sa.exc.OperationalError) -> bool:
-    if getattr(error.orig, "sqlstate", None) == "55P03":
-        return True
-    return "database is locked" in str(error.orig)
+def _is_worth_repeating(error: sa.exc.DBAPIError) -> bool:
+    """True where the same may go well at once: a pooled connection that was dead, a meeting with somebody."""
+    return error.connection_invalidated or (error.orig is not None and is_contention(error.orig))
+
+
+def _is_lock_timeout(error: BaseException) -> bool:
+    driver_error = getattr(error, "orig", None)
+    state = getattr(driver_error, "sqlstate", None) or getattr(driver_error, "pgcode", None)
+    return state == "55P03" or "database is locked" in str(driver_error)
 
 
 def transactional_consumer(
@@ -291,7 +406,7 @@ def transactional_consumer(
     busy_delay: float = 1.0,
     dead_letter: str | None = None,
     step: Step = direct,
-) -> Callable[[Handler], IdempotentHandler]:
+) -> Callable[[Callable[HandlerP, HandlerR]], IdempotentHandler[HandlerP, HandlerR]]:
     """Run the handler once for each business id, in one transaction with the record; ack after the commit.
 
     The handler is called with `(body, message, connection)` and writes with that connection; it must neither commit
@@ -307,7 +422,7 @@ def transactional_consumer(
     )
     executor = _Transactions(inbox, policy, step=step)
 
-    def decorate(handler: Handler) -> IdempotentHandler:
+    def decorate(handler: Callable[HandlerP, HandlerR]) -> IdempotentHandler[HandlerP, HandlerR]:
         return IdempotentHandler(
             handler, executor, scope=scope, biz_id=biz_id, fingerprint=fingerprint, dead_letter=dead_letter
         )

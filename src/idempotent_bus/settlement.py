@@ -5,16 +5,18 @@ Putting off, by broker:
 * a transport of ours: its own delay, one atomic step;
 * RabbitMQ: a *confirmed successor*. The same message with the same inner-msg-id goes, with a confirm, into a durable
   delay queue that hands it back to the queue it came from, and only then the original is acked. A requeue would be
-  a tight loop, and on quorum queues with a delivery limit it destroys the message (facts: 21 deliveries in 23 ms).
+  a tight loop, and on quorum queues with a delivery limit it destroys the message (facts: 21 deliveries in 23 ms);
 * kombu's other transports have no delay: `IdempotentConsumer` holds the message unacked and looks again when it is
-  due; a bare callback can only pause for at most a second and requeue.
+  due; a bare callback can only pause for at most a second and put the message back, behind its neighbours.
+
+The dead letter is written with a confirm before the ack. On a transport of ours it goes past the edge: a message that
+was moved back from the dead letter and fails again comes there with the same inner-msg-id, and a refusal would lose it.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -23,12 +25,12 @@ from weakref import WeakKeyDictionary
 from kombu import Connection, Exchange, Queue
 from kombu.message import Message
 
-from .errors import HandlerAcknowledged, PublishError
+from .errors import ConfigurationError, HandlerAcknowledged, PublishError, Unroutable
 from .headers import DEAD_AT, DEAD_ATTEMPTS, DEAD_ERROR, DEAD_REASON, DEAD_SCOPE, ORIGIN_QUEUE
 from .model import Reason
 from .producer import IdempotentProducer
 
-__all__ = ["MessageSettlement", "forbid_acks", "origin_queue", "was_fetched_without_ack"]
+__all__ = ["MessageSettlement", "came_back", "forbid_acks", "let_go", "origin_queue", "was_fetched_without_ack"]
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +40,22 @@ _LONGEST_PAUSE: Final = 1.0
 #: Delay queues come in powers of two, so that a queue has few of them and none blocks a shorter one behind a longer.
 _SHORTEST_DELAY_MS: Final = 250
 
-# What the broker adds on its own way; sending it on would feed it back as if it were the sender's.
-_BROKER_HEADERS: Final = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "compression")
+#: What the broker adds on its own way; sent on, it would pile up, or (CC) bring copies into other queues.
+_BROKER_HEADERS: Final = frozenset({"x-death", "x-delivery-count", "x-acquired-count", "CC", "BCC"})
+_BROKER_PREFIXES: Final = ("x-first-death-", "x-last-death-")
+_DEATHS: Final = "x-death"
+#: Only quorum queues count deliveries, and throw away what was delivered too often.
+_DELIVERY_COUNT: Final = "x-delivery-count"
+#: kombu's virtual transports whose `_put` returns when the broker has the message.
+_STORED_WHEN_PUT: Final = frozenset({"memory", "redis", "sql"})
 _PROPERTIES: Final = ("correlation_id", "reply_to", "type", "app_id", "message_id", "timestamp", "priority")
-
-_producers: WeakKeyDictionary[Connection, IdempotentProducer] = WeakKeyDictionary()
-_producers_lock = threading.Lock()
 
 
 class MessageSettlement:
     """Answers for one kombu message. Use it from the thread that consumes.
 
-    queue: where the message was consumed from, if that is known. park: called with a delay in seconds instead of
-    pausing and requeueing, where the caller can hold the message and look again later.
+    queue: where the message was consumed from, if that is known for sure. park: called with a delay in seconds instead
+    of pausing and requeueing, where the caller can hold the message and look again later.
     """
 
     __slots__ = ("_dead_letter", "_message", "_park", "_queue", "_scope")
@@ -71,74 +76,176 @@ class MessageSettlement:
         self._park = park
 
     def ack(self) -> None:
-        # The class's own method: the instance's is out of reach of the handler while that runs (`forbid_acks`).
+        """The message is done: the broker may forget it."""
+        # The class's own method: the instance's is out of the handler's reach (`forbid_acks`).
         type(self._message).ack(self._message)
 
     def wait(self, delay: float) -> None:
+        """Let the message come back no sooner than `delay` seconds from now."""
         message, channel = self._message, self._message.channel
         if getattr(channel, "idempotent_edge", False):
             channel.basic_delay(message.delivery_tag, delay)
             message._state = "REQUEUED"
-        elif self._queue is None or not _is_amqp(channel):
-            self._hold(delay)
-        elif self._forward(_delay_queue(self._queue, delay), {}):
-            self.ack()
+            return
+        if _is_amqp(channel):
+            queue = self._origin()
+            if queue is not None:
+                try:
+                    self._send(_delay_queue(queue, delay), {})
+                except PublishError as error:
+                    self._not_moved(f"{queue}.wait", error)
+                else:
+                    self.ack()
+                return
+        self._hold(delay)
 
     def dead_letter(self, reason: Reason, error: str, attempts: int) -> None:
-        sent = self._forward(
-            Queue(self._dead_letter, durable=True),
-            {
-                DEAD_REASON: reason.value,
-                DEAD_ERROR: error[:500],
-                DEAD_ATTEMPTS: attempts,
-                DEAD_SCOPE: self._scope,
-                DEAD_AT: int(time.time()),
-                **({ORIGIN_QUEUE: self._queue} if self._queue is not None else {}),
-            },
-        )
-        if not sent:
-            return
-        log.warning("dead-lettered a message of scope %s to %s: %s", self._scope, self._dead_letter, reason.value)
-        if reason is not Reason.NO_ACK:
+        """Put the message into the dead letter; once that is confirmed, ack it."""
+        try:
+            self.rescue(reason, error, attempts)
+        except (PublishError, ConfigurationError) as failure:
+            # A wrongly set up dead letter must not stop the messages that are well.
+            self._not_moved(self._dead_letter, failure)
+        else:
             self.ack()
 
+    def rescue(self, reason: Reason, error: str, attempts: int) -> None:
+        """Put the message into the dead letter, without an ack. Raises if that is not confirmed."""
+        queue = self._origin()
+        headers = {
+            DEAD_REASON: reason.value,
+            DEAD_ERROR: error.encode(errors="replace").decode()[:500],
+            DEAD_ATTEMPTS: attempts,
+            DEAD_SCOPE: self._scope,
+            DEAD_AT: int(time.time()),
+        }
+        if queue is not None:
+            headers[ORIGIN_QUEUE] = queue
+        channel = self._message.channel
+        if getattr(channel, "idempotent_edge", False) or _driver_type(channel) in _STORED_WHEN_PUT:
+            self._put(self._dead_letter, headers)
+        else:
+            self._send(_existing_queue(self._dead_letter), headers)
+        log.warning("dead-lettered a message of scope %s to %s: %s", self._scope, self._dead_letter, reason.value)
+
+    def _origin(self) -> str | None:
+        if self._queue is None:
+            self._queue = origin_queue(self._message)
+        return self._queue
+
+    def _not_moved(self, name: str, error: Exception) -> None:
+        # The message stays here, unacked, and is looked at again. A second copy that may have got there all the same
+        # is refused by its inner-msg-id or its record.
+        log.error("could not move a message of scope %s to %s, holding it: %s", self._scope, name, error)
+        self._hold(_LONGEST_PAUSE)
+
     def _hold(self, delay: float) -> None:
+        message, channel = self._message, self._message.channel
         if self._park is not None:
             self._park(delay)
-        else:
-            time.sleep(min(delay, _LONGEST_PAUSE))
-            type(self._message).requeue(self._message)
-
-    def _forward(self, queue: Queue, more: Mapping[str, Any]) -> bool:
-        """Send the same message, body and id untouched, to another queue. True when that is confirmed.
-
-        False: the broker did not take it, or it is not known; the message stays here, unacked, and is looked at
-        again. A second copy of it that may be there now is refused by its inner-msg-id or its record.
-        """
-        message = self._message
-        headers = {name: value for name, value in message.headers.items() if not name.startswith(_BROKER_HEADERS)}
-        # An expiration is left out on purpose: a message that waits or is dead must not vanish by it.
-        properties = {name: message.properties[name] for name in _PROPERTIES if message.properties.get(name)}
-        try:
-            _producer_of(message.channel).forward(
-                message.body,
-                queue=queue,
-                headers={**headers, **more},
-                content_type=message.content_type,
-                content_encoding=message.content_encoding,
-                **properties,
+            return
+        time.sleep(min(delay, _LONGEST_PAUSE))
+        if _DELIVERY_COUNT in message.headers and _is_amqp(channel):
+            log.error(
+                "a message of scope %s stays unacked until its channel closes: requeueing it could exceed the delivery "
+                "limit of its quorum queue, which destroys it; consume through kombu's Consumer",
+                self._scope,
             )
-        except PublishError as error:
-            log.error("could not move a message of scope %s to %s, holding it: %s", self._scope, queue.name, error)
-            self._hold(_LONGEST_PAUSE)
-            return False
-        return True
+            return
+        queue = self._origin() if _driver_type(channel) == "redis" else None
+        if queue is None:
+            type(message).requeue(message)
+        else:
+            # kombu's Redis transport requeues at the head, where the next fetch takes it again at once: neighbours
+            # would starve. Behind them first, and only then the ack.
+            self._put(queue, {})
+            self.ack()
+
+    def _headers(self, more: Mapping[str, Any]) -> dict[str, Any]:
+        message = self._message
+        headers = {
+            name: value
+            for name, value in message.headers.items()
+            if name not in _BROKER_HEADERS and not name.startswith(_BROKER_PREFIXES)
+        }
+        if not message.errors:
+            headers.pop("compression", None)  # kombu has decompressed the body; if it could not, that is as it came
+        headers.update(more)
+        return headers
+
+    def _content(self) -> tuple[Any, str, str]:
+        """The body as it came, and how kombu reads it: what is not said is said here, as kombu would take it."""
+        message = self._message
+        body, encoding = message.body, message.content_encoding or "utf-8"
+        if isinstance(body, str):  # py-amqp decodes what it can
+            try:
+                body = body.encode("utf-8" if encoding == "binary" else encoding)
+            except (LookupError, UnicodeError):
+                body = body.encode(errors="surrogatepass")
+        return b"" if body is None else body, message.content_type or "application/data", encoding
+
+    def _properties(self) -> dict[str, Any]:
+        # An expiration is left out on purpose: a message that waits or is dead must not vanish by it.
+        properties = self._message.properties
+        return {name: properties[name] for name in _PROPERTIES if properties.get(name)}
+
+    def _send(self, queue: Queue, more: Mapping[str, Any]) -> None:
+        """Send the same message, body and id untouched, to another queue, and wait for the confirm."""
+        body, content_type, encoding = self._content()
+        send = functools.partial(
+            _producer_of(self._message.channel).forward,
+            body,
+            headers=self._headers(more),
+            content_type=content_type,
+            content_encoding=encoding,
+            **self._properties(),
+        )
+        try:
+            send(queue=queue)
+        except Unroutable:
+            # It is not there, or not there any more although it was declared before.
+            send(queue=_declared(queue))
+
+    def _put(self, name: str, more: Mapping[str, Any]) -> None:
+        """Put the same message into a queue of a virtual transport, past any edge; stored when this returns."""
+        channel = self._message.channel
+        body, content_type, encoding = self._content()
+        properties = self._properties()
+        payload = channel.prepare_message(
+            body, properties.pop("priority", None), content_type, encoding, self._headers(more), properties
+        )
+        channel.queue_declare(queue=name, durable=True)
+        channel._inplace_augment_message(payload, "", name)
+        if not more:
+            payload["properties"]["delivery_info"]["redelivered"] = True
+        channel._put(name, payload)
+
+
+class _AlwaysDeclared(Queue):  # type: ignore[misc]  # kombu has no types
+    """A queue of which nobody remembers that it was declared before."""
+
+    can_cache_declaration = False
+
+
+def _declared(queue: Queue) -> Queue:
+    return _AlwaysDeclared(queue.name, exchange=Exchange(""), durable=True, queue_arguments=queue.queue_arguments)
+
+
+@functools.lru_cache(maxsize=512)  # the same object, so that it is declared once
+def _existing_queue(name: str) -> Queue:
+    """A queue that is taken as it is: a dead letter that somebody declared in his own way serves as well."""
+    return Queue(name, exchange=Exchange(""), no_declare=True)
 
 
 def _delay_queue(queue: str, delay: float) -> Queue:
     milliseconds = _SHORTEST_DELAY_MS
     while milliseconds < delay * 1000:
         milliseconds *= 2
+    return _delay_queue_of(queue, milliseconds)
+
+
+@functools.lru_cache(maxsize=512)
+def _delay_queue_of(queue: str, milliseconds: int) -> Queue:
     return Queue(
         f"{queue}.wait.{milliseconds}",
         exchange=Exchange(""),
@@ -155,19 +262,34 @@ def _delay_queue(queue: str, delay: float) -> Queue:
     )
 
 
+def _driver_type(channel: Any) -> str:
+    if channel.connection is None:
+        raise ConnectionResetError("the channel is closed: the broker delivers its unsettled messages again")
+    return str(channel.connection.client.transport.driver_type)
+
+
 def _is_amqp(channel: Any) -> bool:
-    return bool(channel.connection.client.transport.driver_type == "amqp")
+    return _driver_type(channel) == "amqp"
+
+
+_producers: WeakKeyDictionary[Connection, IdempotentProducer] = WeakKeyDictionary()
+
+
+def let_go(connection: Connection) -> None:
+    """Close what was opened for moving the messages of a connection."""
+    producer = _producers.pop(connection, None)
+    if producer is not None:
+        producer.close()
 
 
 def _producer_of(channel: Any) -> IdempotentProducer:
     """One producer for each of the user's connections; it sends over a connection of its own."""
     connection = channel.connection.client
-    with _producers_lock:
-        producer = _producers.get(connection)
-        if producer is None:
-            # A clone, since a producer that held the connection itself would keep its own entry here alive.
-            producer = _producers[connection] = IdempotentProducer(connection.clone())
-        return producer
+    producer = _producers.get(connection)
+    if producer is None:
+        # Two threads at once may make two: one of them is then used once.
+        producer = _producers[connection] = IdempotentProducer(connection)
+    return producer
 
 
 def origin_queue(message: Message) -> str | None:
@@ -189,8 +311,10 @@ def origin_queue(message: Message) -> str | None:
     active_queues = set(getattr(channel, "_active_queues", ()))
     if len(active_queues) == 1:
         return str(active_queues.pop())
+    if not info.get("exchange") and isinstance(info.get("routing_key"), str):
+        return str(info["routing_key"]) or None  # the default exchange leads to the queue of that name
     if active_queues:
-        routed = active_queues.intersection(channel._lookup(info.get("exchange"), info.get("routing_key"), ""))
+        routed = active_queues.intersection(channel._lookup(info.get("exchange"), info.get("routing_key")))
         if len(routed) == 1:
             return str(routed.pop())
     return None
@@ -206,22 +330,21 @@ def was_fetched_without_ack(message: Message) -> bool:
     return delivered is not None and message.delivery_tag not in delivered
 
 
-class forbid_acks(contextlib.AbstractContextManager[None]):  # noqa: N801 - reads as a verb: `with forbid_acks(...)`
-    """Within it the message's ack, reject and requeue raise HandlerAcknowledged: they are not the handler's to call."""
+def came_back(message: Message) -> bool:
+    """True if the message may have been delivered before, as the broker says, or is back from a delay queue.
 
-    _NAMES = ("ack", "reject", "requeue")
+    A successor that comes back from a delay queue is a new message to the broker; an attempt that died before it was
+    put there must not be forgotten for that.
+    """
+    return bool(message.delivery_info.get("redelivered")) or _DEATHS in message.headers
 
-    def __init__(self, message: Message) -> None:
-        self._message = message
 
-    def __enter__(self) -> None:
-        for name in self._NAMES:
-            setattr(self._message, name, _refuse)
+def forbid_acks(message: Message) -> None:
+    """From now on the message's ack, reject and requeue raise HandlerAcknowledged: they are not the handler's to call.
 
-    def __exit__(self, *_: object) -> None:
-        for name in self._NAMES:
-            with contextlib.suppress(AttributeError):
-                delattr(self._message, name)
+    They stay forbidden after the handler, so that what it hands on cannot ack either.
+    """
+    message.ack = message.reject = message.requeue = _refuse
 
 
 def _refuse(*_: Any, **__: Any) -> None:

@@ -1,0 +1,270 @@
+"""The guarded handler: a kombu callback that runs once for each business id, made by a decorator.
+
+It works wherever kombu takes a callback: `Consumer(callbacks=[...])`, `ConsumerMixin`, on functions and on methods. A
+bare callback is a window of one message; `IdempotentConsumer` gives a handler all that has arrived.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Generic, Protocol
+
+from kombu.message import Message
+from typing_extensions import ParamSpec, TypeVar
+
+from .errors import ConfigurationError, InvalidBizId, InvalidMessage, Permanent, PublishError
+from .execution import Ending, Executor, Settlement, Work
+from .headers import INNER_MSG_ID as INNER_MSG_ID_HEADER
+from .headers import REDRIVE
+from .hooks import Step, direct
+from .identity import (
+    INNER_MSG_ID,
+    BizIdSpec,
+    FingerprintSpec,
+    canonical_biz_id,
+    check_scope,
+    extract_biz_id,
+    fingerprint,
+    record_key,
+)
+from .model import Reason
+from .policy import DAY, Backoff, Policy
+from .settlement import MessageSettlement, came_back, forbid_acks, was_fetched_without_ack
+from .stores import StoreSource, store_source
+
+__all__ = ["IdempotentHandler", "WorkExecutor", "idempotent_consumer"]
+
+# With defaults, so that a plain `IdempotentHandler` can be written where the handler's own types do not matter.
+P = ParamSpec("P", default=...)
+R = TypeVar("R", default=Any)
+HandlerP = ParamSpec("HandlerP")
+HandlerR = TypeVar("HandlerR")
+
+#: The largest redrive number that is believed: every store can keep it, and nobody redrives so often.
+_MOST_REDRIVES: Final = 2**31 - 1
+
+
+class WorkExecutor(Protocol):
+    """What runs the work: `execution.Executor` with a dedup store, or the inbox's with a transaction."""
+
+    policy: Policy
+
+    def handle(self, work: Work) -> Ending:
+        """Handle one delivery and settle it."""
+        ...
+
+    def handle_window(self, works: Sequence[Work]) -> list[Ending]:
+        """Handle and settle several; an error that comes out while they are gone through ends it."""
+        ...
+
+
+class IdempotentHandler(Generic[P, R]):
+    """A guarded handler: a kombu callback `(body, message)`. Made by a decorator, see `idempotent_consumer`.
+
+    Calling it settles the message whatever the handler does, and returns the handler's result, or the stored one for
+    a duplicate, or None where nothing ran. `__wrapped__` is the plain handler, for unit tests. Give
+    `on_decode_error=handler.on_decode_error` to kombu's Consumer too, or a body that cannot be decoded ends its loop.
+
+    Raises ConfigurationError if the broker had forgotten the message before this call (no_ack=True, or another
+    callback has settled it), and the broker's connection errors; in the latter case nothing was settled, and the broker
+    delivers the message again.
+    """
+
+    __wrapped__: Callable[P, R]
+
+    def __init__(
+        self,
+        handler: Callable[P, R],
+        executor: WorkExecutor,
+        *,
+        scope: str,
+        biz_id: BizIdSpec,
+        fingerprint: FingerprintSpec,
+        dead_letter: str | None,
+    ) -> None:
+        if not (isinstance(biz_id, str) and biz_id) and not callable(biz_id) and biz_id is not INNER_MSG_ID:
+            raise ConfigurationError(
+                "biz_id must be a path such as 'payment_id', a function of the body, or INNER_MSG_ID"
+            )
+        if not isinstance(fingerprint, (bool, str, Sequence)):
+            raise ConfigurationError("fingerprint must be True, False, or names of fields of the body")
+        if dead_letter is not None and not (isinstance(dead_letter, str) and dead_letter):
+            raise ConfigurationError("dead_letter must be the name of a queue")
+        _check_plain(handler)
+        functools.update_wrapper(self, handler)
+        self.scope = check_scope(scope)
+        self.dead_letter = dead_letter if dead_letter is not None else f"{scope}.dead"
+        self.executor = executor
+        self._handler = handler
+        self._biz_id = biz_id
+        self._fingerprint = fingerprint
+
+    def __get__(self, instance: Any, owner: type | None = None) -> IdempotentHandler[P, R]:
+        # As the plain handler would be bound: a function to the instance, a classmethod to its class.
+        bind = getattr(type(self._handler), "__get__", None)
+        bound = self._handler if bind is None else bind(self._handler, instance, owner)
+        if bound is self._handler:
+            return self
+        handler = IdempotentHandler(
+            bound,
+            self.executor,
+            scope=self.scope,
+            biz_id=self._biz_id,
+            fingerprint=self._fingerprint,
+            dead_letter=self.dead_letter,
+        )
+        handler.__wrapped__ = getattr(bound, "__func__", bound)
+        return handler
+
+    def __call__(self, body: Any, message: Message) -> R | None:
+        if not isinstance(message, Message):
+            raise ConfigurationError(
+                f"{self.scope}: a guarded handler is called by kombu with (body, message); "
+                "to call the plain function, in a test for instance, use its __wrapped__"
+            )
+        settle = self.settlement(message)
+        if message.acknowledged or was_fetched_without_ack(message):
+            self._refuse_forgotten(message, settle)
+        work = self.work(body, message, settle)
+        if work is None:
+            return None
+        value: R | None = self.executor.handle(work).value
+        return value
+
+    def on_decode_error(self, message: Message, error: Exception) -> None:
+        """For kombu's Consumer: a body that cannot be decoded goes to the dead letter as it came."""
+        self.refuse_undecodable(error, self.settlement(message))
+
+    def settlement(
+        self, message: Message, queue: str | None = None, park: Callable[[float], None] | None = None
+    ) -> MessageSettlement:
+        """How this message will be answered. queue: where it came from, if the caller knows."""
+        return MessageSettlement(message, queue=queue, scope=self.scope, dead_letter=self.dead_letter, park=park)
+
+    def refuse_undecodable(self, error: Exception, settle: Settlement) -> None:
+        """Move a message whose body cannot be decoded to the dead letter."""
+        settle.dead_letter(Reason.INVALID, f"cannot be decoded: {type(error).__name__}", 0)
+
+    def work(self, body: Any, message: Message, settle: Settlement) -> Work | None:
+        """The message as work for the core; None if it was refused, and is in the dead letter."""
+        headers = message.headers
+        inner_msg_id = headers.get(INNER_MSG_ID_HEADER)
+        redrive = headers.get(REDRIVE, 0)
+        try:
+            if self._biz_id is INNER_MSG_ID:
+                if inner_msg_id is None:
+                    raise InvalidBizId(f"the message has no header {INNER_MSG_ID_HEADER!r}, which is this scope's id")
+                biz_id = canonical_biz_id(inner_msg_id)
+            else:
+                biz_id = extract_biz_id(self._biz_id, body)  # type: ignore[arg-type]  # INNER_MSG_ID is handled above
+            digest = fingerprint(body, self._fingerprint)
+            if type(redrive) is not int or not 0 <= redrive <= _MOST_REDRIVES:
+                raise InvalidMessage(f"the header {REDRIVE!r} is not a number of redrives")
+        except InvalidMessage as error:
+            settle.dead_letter(Reason.INVALID, str(error), 0)
+            return None
+        return Work(
+            scope=self.scope,
+            biz_id=biz_id,
+            key=record_key(self.scope, biz_id),
+            run=functools.partial(self._run, body, message),
+            settle=settle,
+            fingerprint=digest,
+            inner_msg_id=inner_msg_id if isinstance(inner_msg_id, str) else None,
+            redelivered=came_back(message),
+            redrive=redrive,
+        )
+
+    def _run(self, body: Any, message: Message, *more: Any) -> R:
+        forbid_acks(message)
+        value: R = self._handler(body, message, *more)  # type: ignore[call-arg]  # P is what kombu gives
+        if value is not None and (inspect.isawaitable(value) or inspect.isgenerator(value)):
+            if not isinstance(value, type) and hasattr(value, "close"):
+                value.close()
+            raise Permanent("the handler returned something that has yet to be awaited or iterated: nothing was done")
+        return value
+
+    def _refuse_forgotten(self, message: Message, settle: MessageSettlement) -> None:
+        # The broker has forgotten it, or will: the dead letter is the only place where it is not lost.
+        if message.acknowledged:
+            why = (
+                "another callback has acked the message, or put it off, before this one was called. "
+                "Give each handler, or each scope, a queue of its own"
+            )
+        else:
+            why = (
+                "the consumer was opened with no_ack=True, so the broker forgets a message before its handler has run. "
+                "Open it with no_ack=False"
+            )
+        try:
+            settle.rescue(Reason.NO_ACK, "the broker had forgotten the message before its handler was called", 0)
+        except PublishError as error:
+            raise ConfigurationError(f"{self.scope}: {why}. This message could not be saved: {error}") from error
+        raise ConfigurationError(f"{self.scope}: {why}. This message was moved to {self.dead_letter}.")
+
+
+def _check_plain(handler: Any) -> None:
+    """Raise ConfigurationError for what does nothing, or not yet, when it is called."""
+    plain = getattr(handler, "__func__", handler)  # of a method, a classmethod, a staticmethod
+    while isinstance(plain, functools.partial):
+        plain = plain.func
+    if not callable(plain):
+        raise ConfigurationError(f"a guarded handler must be a function, not {type(plain).__name__}")
+    if isinstance(plain, IdempotentHandler):
+        raise ConfigurationError("the handler is guarded already: one scope for each handler")
+    code = plain if inspect.isroutine(plain) or inspect.isclass(plain) else type(plain).__call__
+    if inspect.iscoroutinefunction(code) or inspect.isgeneratorfunction(code) or inspect.isasyncgenfunction(code):
+        raise ConfigurationError(
+            "a guarded handler must be a plain function: calling a coroutine or generator function runs nothing, and "
+            "the message would be acked without its effect"
+        )
+
+
+def idempotent_consumer(
+    store: StoreSource,
+    *,
+    scope: str,
+    biz_id: BizIdSpec,
+    fingerprint: FingerprintSpec = True,
+    manual: bool = False,
+    lease: float = 60.0,
+    retention: float = 7 * DAY,
+    max_attempts: int = 8,
+    backoff: Backoff = Backoff(),  # noqa: B008 - frozen
+    permanent: tuple[type[BaseException], ...] = (),
+    busy_delay: float = 1.0,
+    dead_letter: str | None = None,
+    step: Step = direct,
+) -> Callable[[Callable[HandlerP, HandlerR]], IdempotentHandler[HandlerP, HandlerR]]:
+    """Run the handler once for each business id, and ack after it succeeded.
+
+    store: a Store, a URL for `open_store`, or a function that gives a Store; opened at its first use, per process.
+    scope: the name of the business scenario within which a biz-id is unique; two consumers of one message need two.
+    biz_id: where the id is: a path into the body ("payment_id", "order.id"), a function of the body, or INNER_MSG_ID.
+    fingerprint: True compares the whole body of a copy with the first, names compare those fields, False nothing;
+        the same biz-id with another fingerprint is a conflict and goes to the dead letter.
+    manual: returning is not success; the handler calls `current_execution().complete(result)`.
+    lease, retention, max_attempts, backoff, permanent, busy_delay: see `Policy`; durations in seconds.
+    dead_letter: the name of a queue; `<scope>.dead` if not given. One that exists is taken as it is.
+    step: performs the named outside steps, for fault injection.
+
+    Raises InvalidScope or ConfigurationError at once if something cannot be right.
+    """
+    policy = Policy(
+        lease=lease,
+        retention=retention,
+        max_attempts=max_attempts,
+        backoff=backoff,
+        busy_delay=busy_delay,
+        permanent=permanent,
+    )
+    executor = Executor(store_source(store), policy, manual=manual, step=step)
+
+    def decorate(handler: Callable[HandlerP, HandlerR]) -> IdempotentHandler[HandlerP, HandlerR]:
+        return IdempotentHandler(
+            handler, executor, scope=scope, biz_id=biz_id, fingerprint=fingerprint, dead_letter=dead_letter
+        )
+
+    return decorate
