@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 
-from redis_transport_rig import PrivateServer, one_server, server
+from redis_transport_rig import PrivateServer, one_server, server, until
 
 __all__ = ["one_server", "server"]
 
@@ -29,7 +30,8 @@ QUIET = 12.0  # four visibility timeouts without any progress: what is not done 
 class Run:
     """Two workers, one of which is killed and replaced each time that another part of the tasks is done."""
 
-    def __init__(self, server: PrivateServer, kind: str, name: str) -> None:
+    def __init__(self, server: PrivateServer, kind: str, name: str, *, pool: str = "prefork", workers: int = 2) -> None:
+        self.pool = pool
         self.client, self.name, self.kind = server.client, name, kind
         self.environment = {
             **os.environ,
@@ -37,7 +39,7 @@ class Run:
             "REDIS_TRANSPORT_PORT": str(server.port),
             "REDIS_TRANSPORT_BROKER": server.url(kind),
         }
-        self.workers = [self._worker(number) for number in range(2)]
+        self.workers = [self._worker(number) for number in range(workers)]
 
     def _command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "celery", "-A", "redis_transport_app", *arguments]
@@ -45,7 +47,9 @@ class Run:
     def _worker(self, number: int) -> subprocess.Popen[bytes]:
         quiet = ("--without-gossip", "--without-mingle", "--without-heartbeat", "-l", "ERROR")
         return subprocess.Popen(
-            self._command("worker", "-c", "2", "-n", f"{self.kind}-{number}-{time.monotonic_ns()}", *quiet),
+            self._command(
+                "worker", "-c", "2", "-P", self.pool, "-n", f"{self.kind}-{number}-{time.monotonic_ns()}", *quiet
+            ),
             cwd=Path(__file__).parent,
             env=self.environment,
             start_new_session=True,  # so that its children die with it
@@ -89,7 +93,8 @@ class Run:
 
     def close(self) -> None:
         for worker in self.workers:
-            os.killpg(worker.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
             worker.wait()
 
 
@@ -111,3 +116,28 @@ def test_w5_kills_lose_no_task(server: PrivateServer, unique: str) -> None:
     assert lost(server, "ours", f"{unique}-ours") == 0
     # The control: a kill hits kombu's window about every second to third time; a short run may be lucky.
     assert any(lost(server, "plain", f"{unique}-plain-{attempt}") for attempt in range(4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pool", ["prefork", "solo", "threads"])
+def test_cut_connections_stop_no_worker(server: PrivateServer, unique: str, pool: str) -> None:
+    """I1/I13: all connections of a worker and of the sender are cut three times while tasks flow; every task is done,
+    and nothing stays held. In Celery's event loop, with each pool."""
+    run = Run(server, "ours", unique, pool=pool, workers=1)
+    try:
+        until(lambda: server.client.sismember(f"_kombu.binding.{unique}", f"{unique}\x06\x16\x06\x16{unique}"), 30)
+        code = (
+            "import time\nfrom redis_transport_app import work\n"
+            "for n in range(600): work.apply_async((n,), retry=True), time.sleep(0.004)"
+        )
+        sender = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, env=run.environment)
+        for done in (100, 250, 400):
+            until(lambda done=done: run.done >= done, 30)
+            server.client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        assert sender.wait(60) == 0
+        until(lambda: run.done == 600, 30, "the last task")
+        run.workers[0].terminate()
+        assert run.workers[0].wait(30) == 0
+        assert server.held() == 0
+    finally:
+        run.close()

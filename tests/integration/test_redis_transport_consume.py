@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from kombu import Consumer, Queue
+from kombu.asynchronous import Hub
 from kombu.mixins import ConsumerMixin
 from redis_transport_rig import (
     Holder,
@@ -315,6 +317,20 @@ def test_what_is_no_message_goes_to_the_dead_list(server: PrivateServer, unique:
         assert dead[2].text == wrong
 
 
+def test_a_server_that_went_silent_is_noticed_by_an_idle_consumer(server: PrivateServer, unique: str) -> None:
+    """I13: nothing is closed, nothing is answered: the sleeping consumer asks, and raises in time."""
+    with Proxy(url=server.plain) as proxy, connect(through(proxy, server.ours), socket_timeout=0.5) as connection:
+        queue = declare(connection, unique)
+        with consuming(connection, queue):
+            drain(connection, 0.3)
+            proxy.stall()
+            started = time.monotonic()
+            with pytest.raises(connection.connection_errors):
+                drain(connection, 5)
+            assert time.monotonic() - started < 3
+            proxy.resume()
+
+
 # --- delaying -----------------------------------------------------------------------------------------------
 
 
@@ -507,3 +523,73 @@ def test_an_old_server_without_tracking_is_looked_at_in_turns(
             drain(connection, 2, enough=lambda: got)
             assert bodies(got) == [0]
             assert time.monotonic() - started < 0.6
+
+
+# --- processes and event loops --------------------------------------------------------------------------------
+
+
+def test_a_forked_child_settles_nothing_of_its_parents(server: PrivateServer, unique: str) -> None:
+    """I1: a child made by a bare os.fork() publishes on the inherited channel, and its end neither acks nor gives
+    back what the parent holds."""
+    with connect(server.ours) as connection:
+        queue = declare(connection, unique)
+        fill(connection, queue, 2)
+        channel = connection.default_channel
+        first, second = take(channel, unique), take(channel, unique)
+        first.ack()
+        child = os.fork()
+        if not child:
+            try:
+                send(connection, queue, "from the child", headers={"inner-msg-id": "child"})
+                channel.close()
+            finally:
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert server.client.llen(unique) == 1
+        until(lambda: server.held() == 1, 2, "the ack of the parent")
+        second.ack()
+        message = take(channel, unique)
+        assert message.payload == "from the child"
+        message.ack()
+    assert server.held() == 0
+
+
+def test_in_an_event_loop_messages_delays_and_other_threads_acks_come_in_time(
+    server: PrivateServer, unique: str
+) -> None:
+    """kombu's Hub, as a Celery worker runs it: a burst is handed out, a delay wakes the sleeping loop when it is due,
+    and an ack from another thread lets the next message in at once."""
+    with connect(server.ours, visibility_timeout=60) as connection, connect(server.plain) as sender:
+        queue = declare(connection, unique)
+        hub = Hub()
+        connection.register_with_event_loop(hub)
+        got: list[tuple[float, Any]] = []
+
+        def run(enough: Any, seconds: float = 5.0) -> None:
+            deadline = time.monotonic() + seconds
+            while not enough() and time.monotonic() < deadline:
+                hub.run_once()
+
+        channel = connection.channel()
+        consumer = Consumer(channel, [queue], on_message=lambda m: got.append((time.monotonic(), m)), prefetch_count=3)
+        with consumer:
+            run(lambda: False, 0.3)
+            fill(sender, queue, 4)
+            run(lambda: len(got) == 3)
+            assert [message.payload for _, message in got] == [0, 1, 2]
+            acked_at = time.monotonic() + 0.2
+            threading.Timer(0.2, got[0][1].ack).start()
+            run(lambda: len(got) == 4)
+            assert got[3][1].payload == 3
+            assert got[3][0] - acked_at < 0.3
+            for _, message in got[1:3]:
+                message.ack()
+            due = time.monotonic() + 0.4
+            channel.basic_delay(got[3][1].delivery_tag, 0.4)
+            run(lambda: len(got) == 5)
+            assert -0.01 < got[4][0] - due < 0.3
+            got[4][1].ack()
+            run(lambda: server.held() == 0)
+        channel.close()
+        hub.close()
+    assert server.held() == 0

@@ -29,6 +29,7 @@ from typing import Any
 
 from kombu.log import get_logger
 from kombu.transport import redis as kombu_redis
+from redis import exceptions
 
 from .redis_consume import ConsumingChannel
 from .redis_poll import Poller
@@ -65,13 +66,23 @@ class Channel(ConsumingChannel):
             self.line.buffer.clear()
             hold.forget()
             try:
-                if commands:
-                    for reply in self.call(commands, min(self.lease, 10.0)):
-                        self._settled(reply)
+                self._settle_all(commands)
             except Exception as error:  # noqa: BLE001  # closing goes on; the lease sees to the rest
                 logger.warning("could not give messages back; they come back when the lease lapses: %r", error)
             finally:
                 self.line.close()
+
+    def _settle_all(self, commands: list[Command]) -> None:
+        if not commands:
+            return
+        limit = min(self.lease, 10.0)
+        try:
+            replies = self.call(commands, limit)
+        except exceptions.ConnectionError:
+            # The connection is often why we leave. Every one of these steps may be repeated; a new one may do it.
+            replies = self.call(commands, limit)
+        for reply in replies:
+            self._settled(reply)
 
     def close(self) -> None:
         if not self.closed:

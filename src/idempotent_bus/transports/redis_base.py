@@ -109,14 +109,19 @@ class BaseChannel(kombu_redis.Channel):
 
     def call(self, commands: Sequence[Command], timeout: float | None = None) -> list[Any]:
         """Send commands together on a connection of their own. Any thread. See `Wire.call`."""
-        try:
-            wire = self._wires.pop()
-        except IndexError:
-            wire = Wire(self.pool)
+        wire = self._borrow()
         try:
             return wire.call(commands, timeout)
         finally:
             self._put_away(wire)
+
+    def _borrow(self) -> Wire:
+        if self._pid != os.getpid():
+            self._after_fork()  # a bare os.fork(), of which kombu is not told
+        try:
+            return self._wires.pop()
+        except IndexError:
+            return Wire(self.pool)
 
     def _put_away(self, wire: Wire) -> None:
         if self.closed:
@@ -153,10 +158,8 @@ class BaseChannel(kombu_redis.Channel):
         super()._disconnect_pools()
 
     def _after_fork(self) -> None:
-        """In the child: what the parent holds is the parent's. Nothing of it is settled or given back here."""
-        self._wires = deque()
-        self._left = True
-        self.keeper = Keeper(self)
+        """In the child: what the parent holds is the parent's. The child may publish; to consume it must reconnect."""
+        self._begin()
         super()._after_fork()
 
     def forget_socket(self) -> None:

@@ -11,7 +11,7 @@ from .redis_edge import PublishingChannel
 from .redis_fetch import Line, message_of
 from .redis_hold import Hold
 from .redis_scripts import BURY, DELAY, GIVEBACK
-from .redis_wire import Command, Wire
+from .redis_wire import Command
 
 logger = get_logger(__name__)
 
@@ -20,11 +20,19 @@ class ConsumingChannel(PublishingChannel):
     """For one consuming thread; acks, rejects and delays may come from any."""
 
     QoS = Hold
+    _qos: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.QoS = Hold  # whatever ack_emulation says: without registering there is no promise
         self.line = Line(self)
+
+    def _after_fork(self) -> None:
+        if self._qos is not None:
+            self._qos = None  # with the parent's deliveries and locks; its finalizer knows its own process
+        if "line" in vars(self):
+            self.line = Line(self)
+        super()._after_fork()
 
     def basic_consume(
         self, queue: str, no_ack: bool, callback: Callable[[Any], Any], consumer_tag: str, **kwargs: Any
@@ -79,7 +87,7 @@ class ConsumingChannel(PublishingChannel):
 
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
         """The next message of a queue, or None."""
-        wire = Wire(self.pool) if not self._wires else self._wires.pop()
+        wire = self._borrow()
         try:
             found = self.line.take(wire, [queue], 1)
         except BaseException:

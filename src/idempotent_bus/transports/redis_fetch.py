@@ -201,7 +201,8 @@ class Line:
         """One round trip: acks that wait, what is due, and up to `want` messages."""
         channel = self._channel
         if self._doubt:
-            self._settle_doubt(wire)
+            with channel.qos.sending:  # an ack on its way is neither known here nor gone there
+                self._settle_doubt(wire)
         while True:
             acks, commands = channel.qos.take_acks()
             acked = len(commands)

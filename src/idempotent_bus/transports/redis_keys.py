@@ -11,7 +11,7 @@ see what is there:
 | `...:delayed:{queue}` | sorted set | waiting, by due time (ms) |
 | `...:dead:{queue}` | list | given up: time (ms), reason, priority and message; never deleted by us |
 | `...:watch:{queue}` | hash | since when the queue has been looked after without a gap |
-| `...:mark:{list}:<id>` | string | a message with this inner-msg-id landed on this list within the window |
+| `...:mark:<n>:{list}:<id>` | string | a message with this inner-msg-id landed on this list within the window |
 
 The braces are hash tags: list, marks and holdings of a queue without priorities share a slot.
 """
@@ -64,8 +64,9 @@ def mark_key(list_key: str, inner_msg_id: str, redrive: object, *, prefix: str) 
 
     A redrive is a move that a person asked for: each of its numbers lands once more, and only once.
     """
-    suffix = f":r{redrive}" if redrive else ""
-    return f"{prefix}{SPACE}mark:{{{list_key}}}:{inner_msg_id}{suffix}"
+    number = redrive if isinstance(redrive, int) and not isinstance(redrive, bool) else 0
+    # The length says where the list's name ends, so that no name and id can be put together to another's mark.
+    return f"{prefix}{SPACE}mark:{number}.{len(list_key)}:{{{list_key}}}:{inner_msg_id}"
 
 
 def our_keys_pattern(prefix: str) -> str:

@@ -142,9 +142,10 @@ class Poller(MultiChannelPoller):
         for channel in list(self._channels):
             if channel.active_fanout_queues:
                 self._register_LISTEN(channel)
-        if self._loop is not None:
+        # A lost connection's poller may stay on the loop's list for a while, and has nothing to do there any more.
+        if self._loop is not None and (channels := self._in_turn()):
             self._hang_bell()
-            self._take_turn()
+            self._take_turn(channels)
 
     def on_readable(self, fileno: int) -> Any:
         channel, kind = self._fd_to_chan.get(fileno, (None, None))
@@ -211,9 +212,10 @@ class Poller(MultiChannelPoller):
         if now - self._looked_aside < _LOOK_ASIDE:
             return False
         self._looked_aside = now
-        if not any(kind == "LISTEN" for _, kind in self._fd_to_chan.values()):
-            return False
-        return self._events(0)
+        listening = [channel for channel in self._channels if channel.active_fanout_queues]
+        for channel in listening:
+            self._register_LISTEN(channel)
+        return bool(listening) and self._events(0)
 
     def _events(self, wait: float) -> bool:
         self._in_protected_read = True
@@ -228,11 +230,11 @@ class Poller(MultiChannelPoller):
 
     # --- in an event loop -----------------------------------------------------------------------------
 
-    def _take_turn(self) -> None:
+    def _take_turn(self, channels: list[Channel]) -> None:
         """Hand out what there is, for a short time; then let the loop wait on the sockets."""
         until = monotonic() + _TURN
         wait = _LONGEST_WAIT
-        for channel in self._in_turn():
+        for channel in channels:
             while channel.next_message():
                 if monotonic() > until:
                     wait = 0.0
