@@ -10,6 +10,10 @@ A channel of ours (`idempotent_edge` is True) does three things that kombu's own
 * `basic_delay(delivery_tag, delay)`: one atomic step that settles the delivery and makes the message come back to
   the queue that it came from no sooner than `delay` seconds from now, kept by the broker.
 
+Over SQS, Service Bus, Kafka and Pub/Sub our channels (`confirmed.py`) do as much of it as the broker allows: a publish
+is LANDED when the broker has it, `edge_of(exchange, routing_key)` says whether it would refuse a copy, fetching and
+restoring are the broker's own, and each module says how its delay is kept.
+
 `register()` names them in kombu's table, as strings, so that a driver is imported only when a URL asks for it.
 """
 
@@ -24,6 +28,10 @@ _ALIASES = {
     "idempotent-rediss": "idempotent_bus.transports.redis:SecureTransport",
     "idempotent-sentinel": "idempotent_bus.transports.redis:SentinelTransport",
     "idempotent-sqla": "idempotent_bus.transports.sql:Transport",
+    "idempotent-sqs": "idempotent_bus.transports.sqs:Transport",
+    "idempotent-azureservicebus": "idempotent_bus.transports.azureservicebus:Transport",
+    "idempotent-kafka": "idempotent_bus.transports.kafka:Transport",
+    "idempotent-gcpubsub": "idempotent_bus.transports.gcpubsub:Transport",
 }
 
 
