@@ -133,7 +133,11 @@ def _queues(channel: Any) -> list[tuple[str, list[str]]]:
     while True:
         command = ("SCAN", cursor, "MATCH", our_keys_pattern(prefix), "COUNT", 1000)
         cursor, names = _checked(channel.call([command])[0])
-        for name in map(bytes.decode, names):
+        for raw in names:
+            try:
+                name = raw.decode()
+            except UnicodeDecodeError:
+                continue  # a dedup store's record in the same database: its keys are bytes
             queue = queue_of(name, prefix=prefix)
             if queue is not None:
                 held = found.setdefault(queue, set())
