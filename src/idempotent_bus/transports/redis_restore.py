@@ -128,10 +128,12 @@ def _channel(connection: Any) -> Iterator[Any]:
 def _queues(channel: Any) -> list[tuple[str, list[str]]]:
     """Every queue that we hold something of, and the keys of what is unacked."""
     prefix = channel.global_keyprefix
+    # owners, delayed, dead, held: neither the marks nor a dedup store's records, of which there may be millions.
+    pattern = our_keys_pattern(prefix)[:-1] + "[odh]*"
     found: dict[str, set[str]] = {}
     cursor: Any = b"0"
     while True:
-        command = ("SCAN", cursor, "MATCH", our_keys_pattern(prefix), "COUNT", 1000)
+        command = ("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
         cursor, names = _checked(channel.call([command])[0])
         for raw in names:
             try:
