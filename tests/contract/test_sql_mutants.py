@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from stores import drop_tables
 from suite import Subject
 from test_mutants import Mutant, check, replaced, survivors
@@ -179,6 +180,15 @@ class Mutated:
         return replaced(self._path.read_text(encoding), self._mutant.old, self._mutant.new)
 
 
+def drop_all(url: str, prefix: str) -> None:
+    """The tables, and the sequence that outlives them on purpose."""
+    drop_tables(url, prefix)
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"DROP SEQUENCE IF EXISTS {prefix}tokens")
+    engine.dispose()
+
+
 @contextlib.contextmanager
 def place(database: str, directory: Path, kind: type[sql.SQLStore] = sql.SQLStore) -> Iterator[Subject]:
     prefix = f"t{uuid.uuid4().hex[:12]}_"
@@ -193,7 +203,7 @@ def place(database: str, directory: Path, kind: type[sql.SQLStore] = sql.SQLStor
     finally:
         store.close()
         if database != "sqlite":
-            drop_tables(url, prefix)
+            drop_all(url, prefix)
 
 
 @pytest.mark.parametrize(("database", "mutant"), KILLED)

@@ -11,9 +11,9 @@ import capabilities
 import pytest
 import sqlalchemy as sa
 import suite
-from stores import drop_tables
 from suite import Subject
 from test_mutants import check
+from test_sql_mutants import drop_all
 
 import servers
 from idempotent_bus import schema
@@ -77,7 +77,7 @@ def mysql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
     subject = Subject(open_as_mysql)
     yield subject
     subject.close()
-    drop_tables(url, prefix)
+    drop_all(url, prefix)
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -116,7 +116,7 @@ def users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Subjec
     for subject, engine, prefix in made.values():
         subject.close()
         if engine.dialect.name != "sqlite":
-            drop_tables(engine.url.render_as_string(hide_password=False), prefix)
+            drop_all(engine.url.render_as_string(hide_password=False), prefix)
         engine.dispose()
 
 
