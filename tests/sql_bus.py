@@ -126,7 +126,7 @@ def eventually(condition: Callable[[], Any], timeout: float = 15.0) -> Any:
         time.sleep(0.02)
 
 
-def deliveries(connection: Connection, *queues: Queue, prefetch: int = 0, idle: float = 0.5) -> Iterator[Any]:
+def deliveries(connection: Connection, *queues: Queue, prefetch: int = 0, idle: float = 0.25) -> Iterator[Any]:
     """Messages as they come, until nothing came for `idle` seconds."""
     channel = connection.channel()
     if prefetch:

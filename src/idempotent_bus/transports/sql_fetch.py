@@ -43,6 +43,7 @@ class Fetcher:
             .with_for_update(skip_locked=True)
         )
         self._remove = sa.delete(message).where(message.c.id.in_(sa.bindparam("ids", expanding=True)))
+        self._hold = sa.insert(held)
         self._ack = sa.delete(held).where(held.c.tag == sa.bindparam("old_tag"))
 
     def take(self, queue: str, most: int, lease: Lease) -> list[Delivery]:
@@ -57,7 +58,7 @@ class Fetcher:
             taken, deliveries = self._choose(connection, queue, rows)
             if taken:
                 values = [{**row, "owner": lease.owner, "queue": queue} for row in taken]
-                connection.execute(sa.insert(self._database.tables.held), values)
+                connection.execute(self._hold, values)
                 connection.execute(self._remove, {"ids": [row["message_id"] for row in taken]})
             return deliveries
 

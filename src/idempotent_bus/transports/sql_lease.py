@@ -7,16 +7,19 @@ whoever polls next moves its messages back.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 import time
 import weakref
+from typing import Any
 from uuid import uuid4
 
 import sqlalchemy as sa
 
 from .sql_database import ERRORS, Database
+from .sql_tables import affected
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +41,29 @@ class Lease:
         return time.monotonic() - self.renewed_at > self.timeout * 0.9
 
 
+@functools.cache
+def _statements(database: Database) -> tuple[Any, Any]:
+    """To renew and to write a lease; built once, because they are part of every fetch."""
+    table = database.tables.lease
+    owner = sa.bindparam("my_owner", type_=sa.String())
+    timeout: Any = sa.bindparam("my_timeout", type_=sa.Double())
+    until = database.now + timeout
+    update = sa.update(table).where(table.c.owner == owner).values(until=until)
+    return update, sa.insert(table).values(owner=owner, until=until, timeout=timeout)
+
+
 def renew(connection: sa.Connection, database: Database, lease: Lease) -> bool:
     """Renew in the caller's transaction; the first time writes the row. False: it lapsed and was taken apart."""
-    table = database.tables.lease
-    before = time.monotonic()
     if lease.lost:
         return False
-    if lease.written:
-        until = database.now + lease.timeout
-        if not connection.execute(sa.update(table).where(table.c.owner == lease.owner).values(until=until)).rowcount:
-            lease.lost = True
-            return False
-    else:
-        values = {"owner": lease.owner, "until": database.now + lease.timeout, "timeout": lease.timeout}
-        connection.execute(sa.insert(table).values(**values))
+    before = time.monotonic()
+    update, insert = _statements(database)
+    done = connection.execute(
+        update if lease.written else insert, {"my_owner": lease.owner, "my_timeout": lease.timeout}
+    )
+    if lease.written and not affected(done):
+        lease.lost = True
+        return False
     lease.renewed_at = before
     return True
 
@@ -67,6 +79,9 @@ class LeaseKeeper:
         self._thread: threading.Thread | None = None
 
     def add(self, lease: Lease) -> None:
+        """Keep this lease from now on. Cheap where it is kept already: waking the thread costs a switch of threads."""
+        if lease in self._leases:
+            return
         with self._mutex:
             self._leases.add(lease)
             if self._thread is None:
