@@ -294,8 +294,8 @@ are completed ones. The cost is the median of the rounds' ratios, each round's n
 `sqlite` commits durably (synchronous=FULL), `sqlite-normal` does not wait for the disk; Redis runs without
 persistence. Servers and client share the machine: {os.cpu_count()} cores, {platform.system()}, Python
 {platform.python_version()}, SQLAlchemy {sqlalchemy.__version__}, {", ".join(versions)}.
-{datetime.now(timezone.utc):%Y-%m-%d}. Load average {os.getloadavg()[1]:.1f}: where it is above the number of cores, other work ran at the same time, and only
-the ratios are of use.
+{datetime.now(timezone.utc):%Y-%m-%d}. Load average {os.getloadavg()[1]:.1f}: where it is above the number of cores,
+other work ran at the same time, and only the ratios are of use.
 """
 
 
