@@ -7,6 +7,9 @@ from typing import Final
 #: The bus's own id of one logical publish: the same on every resend, unknown to business code.
 INNER_MSG_ID: Final = "inner-msg-id"
 
+#: What RabbitMQ's deduplication plugin looks at; set on request only, to the inner-msg-id.
+DEDUPLICATION: Final = "x-deduplication-header"
+
 #: How often a person moved the message back from the dead letter; a larger number starts the attempts afresh.
 REDRIVE: Final = "idempotent-bus-redrive"
 

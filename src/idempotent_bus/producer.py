@@ -15,14 +15,14 @@ from typing_extensions import ParamSpec, Self
 
 from . import hooks
 from .errors import ConfigurationError, PublishError, PublishUnknown
-from .headers import INNER_MSG_ID
+from .headers import DEDUPLICATION, INNER_MSG_ID
 from .identity import BizIdSpec, extract_biz_id
 from .lane_amqp import AmqpLane
 from .lane_virtual import make_lane
 from .model import Edge, Landing, Receipt
 from .msgid import is_inner_msg_id, new_inner_msg_id
 from .outgoing import Outgoing, prepare
-from .resend import NotConfirmed, ResendPolicy, Sends
+from .resend import Known, NotConfirmed, ResendPolicy, Sends
 from .streaming import PublishManyError, publish_stream
 
 __all__ = ["IdempotentProducer", "PublishManyError", "ResendPolicy", "idempotent_producer"]
@@ -39,6 +39,12 @@ class IdempotentProducer:
     biz_id: a path or a function; a body without a valid id there is refused (InvalidBizId) before it is sent.
     confirm_timeout: seconds to wait for the confirm of one send.
     retry: how often and how long the same message is sent again.
+    deduplication_header: for RabbitMQ's deduplication plugin, set its header to the inner-msg-id. It guarantees
+        little: its cache is bounded, lives on one node and does not know quorum queues, and it notes an id before any
+        queue has the message, so a message that was refused (a full queue) is refused again under the same id. It
+        answers a duplicate as it answers a failure, by a nack or by a return, so the receipt's edge stays the
+        consumer, nothing is ever reported as `duplicate`, and a resend that is answered so ends as PublishUnknown.
+        publish_many then waits for each confirm in turn.
     step: performs each send; for fault injection.
 
     Safe for threads: one lock, so that publishes of several threads take turns, not during the pauses between
@@ -56,6 +62,7 @@ class IdempotentProducer:
         declare: Iterable[Any] = (),
         confirm_timeout: float = 5.0,
         retry: ResendPolicy | None = None,
+        deduplication_header: bool = False,
         step: hooks.Step = hooks.direct,
     ) -> None:
         if confirm_timeout <= 0:
@@ -69,9 +76,12 @@ class IdempotentProducer:
         self._step = step
         self._lock = threading.Lock()
         self._lane = make_lane(connection, timeout=confirm_timeout, clock=self._policy.clock)
+        self._deduplication_header = deduplication_header
+        if deduplication_header and not isinstance(self._lane, AmqpLane):
+            raise ConfigurationError("deduplication_header is for RabbitMQ's plugin, and this is another broker")
         # A stream has a connection of its own, so that single publishes need not wait for its end.
         self._stream_lock = threading.Lock()
-        self._stream_lane = self._lane.twin() if isinstance(self._lane, AmqpLane) else None
+        self._stream_lane = self._lane.twin() if isinstance(self._lane, AmqpLane) and not deduplication_header else None
         _producers.add(self)
 
     def publish(
@@ -214,6 +224,8 @@ class IdempotentProducer:
             inner_msg_id = new_inner_msg_id()
         elif not is_inner_msg_id(inner_msg_id):
             raise ConfigurationError("inner_msg_id must be one that a receipt or a publish error gave: a UUIDv7")
+        if self._deduplication_header:
+            headers = {**(headers or {}), DEDUPLICATION: inner_msg_id}
         return prepare(
             body,
             inner_msg_id=inner_msg_id,
@@ -235,10 +247,13 @@ class IdempotentProducer:
         while True:
             try:
                 landing, edge = self._send_once(outgoing, sends)
-            except NotConfirmed as failure:
+            except NotConfirmed as answer:
+                failure = answer
+                if self._deduplication_header:
+                    failure = _as_the_plugin_means_it(answer, first=fresh and not sends.count)
                 pause = sends.failed(failure)
                 if pause is None:
-                    raise sends.error(failure, outgoing.inner_msg_id or "") from failure.__cause__
+                    raise sends.error(failure, outgoing.inner_msg_id or "") from answer.__cause__
             else:
                 if fresh:
                     landing = Landing.LANDED
@@ -333,6 +348,17 @@ def idempotent_producer(
         return publish
 
     return decorate
+
+
+def _as_the_plugin_means_it(answer: NotConfirmed, *, first: bool) -> NotConfirmed:
+    """A nack or a return where the deduplication plugin may be at work. first: no copy can have gone before it."""
+    if answer.known not in (Known.REFUSED, Known.UNROUTABLE):
+        return answer
+    if first:
+        text = f"{answer.text}; the deduplication plugin may refuse this id from now on, publish under a fresh one"
+        return NotConfirmed(answer.known, text, final=True)
+    text = f"{answer.text}, which may also be the deduplication plugin's answer to a copy that landed before"
+    return NotConfirmed(Known.UNKNOWN, text, final=True)
 
 
 def _each(messages: Iterable[Any], options: Mapping[str, Any]) -> Iterable[tuple[Any, dict[str, Any]]]:
