@@ -29,6 +29,7 @@ class Bus:
     def __init__(self, url: str, options: dict[str, Any]) -> None:
         self.url = url
         self.options = options
+        self.programs: list[subprocess.Popen[str]] = []
         self.exchange = Exchange("paid", "direct")
         self.queue = Queue("cards", self.exchange, routing_key="paid")
         self.other = Queue("mails", self.exchange, routing_key="paid")
@@ -65,13 +66,15 @@ class Bus:
 
     def program(self, code: str, **kwargs: Any) -> subprocess.Popen[str]:
         """Python in another process, with `bus` set up like this one."""
-        return subprocess.Popen(
+        program = subprocess.Popen(
             [sys.executable, "-u", "-c", _PRELUDE.format(here=str(Path(__file__).parent)) + code],
             env={**os.environ, "BUS": json.dumps([self.url, self.options])},
             stdout=subprocess.PIPE,
             text=True,
             **kwargs,
         )
+        self.programs.append(program)
+        return program
 
 
 _PRELUDE = """
@@ -92,7 +95,11 @@ def open_bus(dialect: str, unique: str, tmp_path: Path, **options: Any) -> Bus:
 
 
 def drop(bus: Bus) -> None:
-    """Remove the tables that a test made on a shared server."""
+    """End the programs that a failed test left, and remove its tables from a shared server."""
+    for program in bus.programs:
+        if program.poll() is None:
+            program.kill()
+            program.wait()
     from idempotent_bus.transports.sql_database import open_database
 
     if bus.url.startswith("sqlite"):
@@ -102,10 +109,10 @@ def drop(bus: Bus) -> None:
     with database.engine.begin() as connection:
         for table in (names.landed, names.held, names.lease, names.dead, names.message, names.queue):
             connection.execute(sa.text(f"DROP TABLE IF EXISTS {table.name}"))
-    database.engine.dispose()
+    database.dispose()
 
 
-def lines(*programs: subprocess.Popen[str], timeout: float = 60) -> list[str]:
+def lines(*programs: subprocess.Popen[str], timeout: float = 150) -> list[str]:
     """What these programs printed, in order of the programs; each must end well."""
     printed = []
     for program in programs:

@@ -45,6 +45,8 @@ _NO_LOITERING: Final = {
     "mariadb": "SET @idempotent_bus = 1 /*M! , SESSION idle_transaction_timeout = 30 */",
 }
 
+_LAX: Final = "SET SESSION synchronous_commit = off"
+
 #: What a database operation raises; sqlite3's own comes from PRAGMAs, which go past SQLAlchemy.
 ERRORS: Final = (sa.exc.SQLAlchemyError, sqlite3.Error)
 
@@ -69,7 +71,10 @@ class Database:
                 "an in-memory SQLite database is gone with its process: name a file, as in sqlite:///bus.db"
             )
         self.now: sa.ColumnElement[float] = sa.literal_column(CLOCKS[self.dialect], sa.Double())
-        self.engine = self._engine({name: options[name] for name in _ENGINE_OPTIONS & options.keys()})
+        chosen = {name: options[name] for name in _ENGINE_OPTIONS & options.keys()}
+        self.engine = self._engine(chosen)
+        #: For what need not survive a power cut. PostgreSQL sets that by session, so it takes sessions of its own.
+        self._lax = self._engine(chosen, _LAX) if self.dialect == "postgresql" else self.engine
         self._lock = threading.RLock()
         self._locked_for_fork = False
         self._created = False
@@ -86,7 +91,7 @@ class Database:
         """`work(connection)` in one transaction; repeated where the server rolled it back for another's sake.
 
         durable: must survive a power cut as soon as this returns. Only landing needs it: a fetch or an ack that a
-        power cut undoes brings a message back, and SQLite then need not wait for the disk.
+        power cut undoes brings a message back, so SQLite and PostgreSQL need not wait for the disk there.
         again: doing it twice does no harm, so it is repeated once where the connection was cut.
         """
         for tries in range(8):
@@ -138,7 +143,7 @@ class Database:
     @contextmanager
     def _transaction(self, durable: bool) -> Iterator[sa.Connection]:
         if not self.is_sqlite:
-            with self.engine.begin() as connection:
+            with (self.engine if durable else self._lax).begin() as connection:
                 yield connection
             self.own_commits += 1
             return
@@ -154,6 +159,11 @@ class Database:
             raw: Any = connection.connection.dbapi_connection
             raw.execute(f"PRAGMA synchronous={level}")
             info["level"] = level
+
+    def dispose(self) -> None:
+        """Close the connections that are idle. The next use opens new ones."""
+        self.engine.dispose()
+        self._lax.dispose()
 
     # --- making and forgetting --------------------------------------------------------------------
 
@@ -174,12 +184,12 @@ class Database:
                         raise
                     time.sleep(0.02 * (tries + 1))
 
-    def _engine(self, options: dict[str, Any]) -> sa.Engine:
+    def _engine(self, options: dict[str, Any], *settings: str) -> sa.Engine:
         if not self.is_sqlite:
             # READ COMMITTED: a second publisher of the same id waits for the first one, then sees its mark.
             defaults = {"isolation_level": "READ COMMITTED", "pool_recycle": 1800}
             engine = sa.create_engine(self.url, **{**defaults, **options})
-            sa.event.listen(engine, "connect", _prepare_server(_NO_LOITERING[self.dialect]))
+            sa.event.listen(engine, "connect", _prepare_server(_NO_LOITERING[self.dialect], *settings))
             return engine
         arguments = {"check_same_thread": False, **options.get("connect_args", {})}
         if "timeout" not in self.url.query:
@@ -208,12 +218,14 @@ class Database:
         self._locked_for_fork = False
         if not self.is_sqlite:
             self.engine.dispose(close=False)
+            self._lax.dispose(close=False)
 
 
-def _prepare_server(statement: str) -> Callable[[Any, Any], None]:
+def _prepare_server(*statements: str) -> Callable[[Any, Any], None]:
     def prepare(connection: Any, record: Any) -> None:
         cursor = connection.cursor()
-        cursor.execute(statement)
+        for statement in statements:
+            cursor.execute(statement)
         cursor.close()
         connection.commit()
 
