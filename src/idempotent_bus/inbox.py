@@ -145,15 +145,18 @@ class Inbox:
                 "kept_until": kept_until,
             },
             where=sa.or_(table.c.completed == 0, table.c.kept_until <= self._now),
-        )
+        ).returning(table.c.completed)
         with self.briefly(connection):
-            return connection.execute(statement).rowcount == 1
+            # The row itself, not a row count: for an INSERT SQLAlchemy keeps none unless asked to, and says -1.
+            return connection.execute(statement).first() is not None
 
     def completed(self, connection: sa.Connection, work: Work) -> tuple[bytes | None, bytes | None]:
         """The fingerprint and the result of a completed record."""
         table = self._table
-        query = sa.select(table.c.fingerprint, table.c.result).where(table.c.record_key == work.key)
-        return connection.execute(query).tuples().one()
+        mine = sa.and_(table.c.record_key == work.key, table.c.completed == 1)
+        query = sa.select(table.c.fingerprint, table.c.result).where(mine)
+        row = connection.execute(query).one()
+        return row.fingerprint, row.result
 
     def store_result(self, connection: sa.Connection, work: Work, result: bytes) -> None:
         """Keep the handler's result with its record. Raises Permanent if the record is not there any more."""
