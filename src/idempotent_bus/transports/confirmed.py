@@ -1,6 +1,6 @@
 """What our transports over SQS, Service Bus, Kafka and Pub/Sub share: a publish returns when the broker has it.
 
-Their channels are kombu's with `ConfirmedPublishing` before them. A `_put` gets `edge_id`, the text that the broker's
+Their channels are kombu's with `ConfirmedChannel` before them. A `_put` gets `edge_id`, the text that the broker's
 own deduplication is to compare, or None: kombu's and our own ways past the edge (requeues, dead letters) give none.
 """
 
@@ -17,7 +17,7 @@ from ..headers import INNER_MSG_ID, REDRIVE
 from ..model import Edge, Landing
 from ..msgid import is_inner_msg_id
 
-__all__ = ["PUBLISH_TIMEOUT", "ConfirmedPublishing", "edge_id_of", "refused", "unknown", "unroutable"]
+__all__ = ["PUBLISH_TIMEOUT", "ConfirmedChannel", "edge_id_of", "refused", "unknown", "unroutable"]
 
 #: Seconds to wait for the broker's answer to one publish, where `publish_timeout` is not set.
 PUBLISH_TIMEOUT: Final = 30.0
@@ -54,7 +54,7 @@ def unroutable(text: str) -> Unroutable:
     return Unroutable(f"{text}, so nothing was stored; declare the queue first")
 
 
-class ConfirmedPublishing:
+class ConfirmedChannel:
     """Before one of kombu's virtual channels: publishing is confirmed, routed once, and says where its edge is."""
 
     #: A channel of ours, see `idempotent_bus.transports`; `edge_of` says where the edge is.
@@ -104,6 +104,18 @@ class ConfirmedPublishing:
         for queue in queues:
             self._put(queue, message, edge_id=edge_id)
         return Landing.LANDED if queues else None
+
+    def basic_get(self: Any, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
+        """One message, or None. With no_ack it is done at once; kombu's transports hand it out again later."""
+        message = super().basic_get(queue, no_ack=False, **kwargs)  # type: ignore[misc]  # kombu's channel
+        if message is not None and no_ack:
+            self.basic_ack(message.delivery_tag)
+        return message
+
+    def unsettled(self: Any, delivery_tag: str) -> Any:
+        """The message that was delivered under this tag and not settled since, or None. For kombu's own QoS."""
+        qos = self.qos
+        return None if delivery_tag in qos._dirty else qos._delivered.get(delivery_tag)
 
     @property
     def publish_timeout(self: Any) -> float:

@@ -35,7 +35,7 @@ from kombu.transport import SQS as kombu_sqs  # noqa: N811 - kombu's module has 
 from kombu.transport import virtual
 
 from ..errors import ConfigurationError
-from .confirmed import ConfirmedPublishing, refused, unknown, unroutable
+from .confirmed import ConfirmedChannel, refused, unknown, unroutable
 from .sqs_keeper import Held, Keeper
 
 __all__ = ["Channel", "QoS", "Transport"]
@@ -69,7 +69,7 @@ class QoS(kombu_sqs.QoS):
         self.channel.keeper.remove(delivery_tag)
 
 
-class Channel(ConfirmedPublishing, kombu_sqs.Channel):
+class Channel(ConfirmedChannel, kombu_sqs.Channel):
     """A channel of ours. Publishing and consuming belong to one thread; acks, rejects, delays may come from others."""
 
     QoS = QoS
@@ -107,13 +107,6 @@ class Channel(ConfirmedPublishing, kombu_sqs.Channel):
         return refused(f"SQS refused the message: {error}", final=not any(word in code for word in _TRY_AGAIN))
 
     # --- consuming --------------------------------------------------------------------------------
-
-    def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
-        """One message, or None. kombu does not delete it with no_ack."""
-        message = super().basic_get(queue, no_ack=False, **kwargs)
-        if message is not None and no_ack:
-            self.basic_ack(message.delivery_tag)
-        return message
 
     def basic_delay(self, delivery_tag: str, delay: float) -> bool:
         """Settle the delivery; SQS makes the message visible in its queue again `delay` seconds from now.
