@@ -52,6 +52,9 @@ def main(settings: dict[str, Any]) -> None:
         return False
 
     def business(biz_id: str) -> None:
+        if biz_id.startswith("poison"):
+            write("started", biz_id)
+            os.kill(os.getpid(), signal.SIGKILL)
         if biz_id.startswith("fails") and not tried(biz_id):
             raise ValueError("the first time it fails")
         if biz_id.startswith("dies"):
@@ -61,6 +64,7 @@ def main(settings: dict[str, Any]) -> None:
     queue = Queue(settings["queue"], Exchange(""), durable=True, queue_arguments=queue_arguments)
     options = {
         "scope": settings["scope"], "biz_id": "id", "busy_delay": 0.1, "backoff": Backoff(0.05, 0.1), "step": step,
+        "max_attempts": settings.get("max_attempts", 8),
     }  # fmt: skip
     handle: Any
     if settings["mode"] == "inbox":

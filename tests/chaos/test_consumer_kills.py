@@ -127,6 +127,36 @@ def test_the_inbox_is_exact_at_every_step(scene: Scene) -> None:
         engine.dispose()
 
 
+@pytest.mark.parametrize("mode", ["store", "inbox"])
+def test_a_message_that_kills_its_worker_ends_in_the_dead_letter(scene: Scene, mode: str) -> None:
+    """I12: a poison message takes at most max_attempts + 1 workers along, and its neighbours are handled."""
+    engine, scope = sa.create_engine(scene.settings["database"]), scene.settings["scope"]
+    with engine.begin() as connection:
+        connection.execute(sa.text(f"CREATE TABLE {scope}_cards (card varchar(50))"))
+    scene.settings.update(mode=mode, max_attempts=3)
+    scene.publish(["poison", *(f"good{number}" for number in range(6))])
+    try:
+        for _ in range(8):
+            if scene.run(None, idle=4.0) == 0:
+                break
+        started = [line for line in scene.log() if line[0] == "started"]
+        assert len(started) <= 4, started
+        (dead,) = scene.broker.take(scene.broker.dead, 2, timeout=1.0)
+        assert dead.payload["id"] == "poison"
+        assert dead.headers[DEAD_REASON] == "attempts"
+        assert scene.broker.is_empty(scene.settings["queue"])
+        with engine.connect() as connection:
+            cards = Counter(connection.execute(sa.text(f"SELECT card FROM {scope}_cards")).scalars())
+        effects = cards if mode == "inbox" else Counter(line[1] for line in scene.log() if line[0] == "effect")
+        assert effects == Counter(f"good{number}" for number in range(6))
+    finally:
+        with engine.begin() as connection:
+            connection.execute(sa.text(f"DROP TABLE {scope}_cards"))
+            if engine.dialect.name == "postgresql":
+                connection.execute(sa.text(f"DROP TABLE IF EXISTS {scope}_inbox"))
+        engine.dispose()
+
+
 @pytest.mark.parametrize("scene", COMBINATIONS[:2], indirect=True)  # our Redis sends its acks a little later
 def test_the_control_an_early_ack_loses(scene: Scene) -> None:
     """The control: acked before the handler, a kill in between loses the message for good."""
