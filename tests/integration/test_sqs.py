@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,11 +14,13 @@ import pytest
 from kombu import Connection, Consumer, Exchange, Producer, Queue, binding
 from moto.server import ThreadedMotoServer
 
+from idempotent_bus import Backoff, idempotent_consumer
 from idempotent_bus.errors import ConfigurationError, PublishUnknown, Rejected, Unroutable
 from idempotent_bus.headers import INNER_MSG_ID, REDRIVE
 from idempotent_bus.model import Edge, Landing
 from idempotent_bus.msgid import new_inner_msg_id
 from idempotent_bus.producer import IdempotentProducer, ResendPolicy
+from idempotent_bus.stores.memory import MemoryStore
 from idempotent_bus.transports import register
 from proxy import Proxy
 
@@ -246,6 +250,15 @@ def test_a_live_consumer_keeps_its_message(open_connection: Open, unique: str, s
         assert get(other, unique, within=1.5) is None
 
 
+def test_the_queue_s_own_timeout_counts(open_connection: Open, unique: str) -> None:
+    """A queue that somebody made with a shorter timeout than the option's: what is held there is kept all the same."""
+    holder, other = open_connection(), open_connection()
+    holder.default_channel.sqs().create_queue(QueueName=unique, Attributes={"VisibilityTimeout": "1"})
+    Producer(holder).publish({}, routing_key=unique)
+    assert get(holder, unique) is not None
+    assert get(other, unique, within=2.5) is None
+
+
 def test_what_a_dead_consumer_held_comes_back_once(open_connection: Open, unique: str) -> None:
     """A consumer whose keeper is gone, as after a kill: the message comes back after the visibility timeout, marked."""
     holder, other = open_connection(visibility_timeout=1), open_connection(visibility_timeout=60)
@@ -334,3 +347,39 @@ def test_a_consumer_drains_a_fifo_queue(open_connection: Open, stored: Any, uniq
         while len(seen) < 25 and time.monotonic() < deadline:
             connection.drain_events(timeout=5)
     assert (sorted(seen), stored(queue)) == (list(range(25)), 0)
+
+
+def test_a_guarded_consumer_on_both_kinds_of_queue(open_connection: Open, stored: Any, unique: str) -> None:
+    """The whole way: copies, and a handler that fails once; each payment is handled once, the hopeless one is dead."""
+    fifo, standard, dead = f"{unique}.fifo", unique, f"{unique}-dead"
+    connection, done, failed = open_connection(), [], set()
+
+    @idempotent_consumer(
+        MemoryStore(),
+        scope=unique,
+        biz_id="payment_id",
+        dead_letter=dead,
+        backoff=Backoff(base=0.05, cap=0.1),
+        busy_delay=0.1,
+        max_attempts=2,
+    )
+    def issue_card(body: dict[str, str], message: Any) -> None:
+        payment = body["payment_id"]
+        if payment == "hopeless" or payment not in failed:
+            failed.add(payment)
+            raise RuntimeError("not yet")
+        done.append(payment)
+
+    with IdempotentProducer(connection, retry=FAST) as producer:
+        for queue in (fifo, standard):
+            for payment in (f"p-1 {queue}", f"p-2 {queue}"):
+                receipt = producer.publish({"payment_id": payment}, routing_key=queue)
+                producer.publish({"payment_id": payment}, routing_key=queue, inner_msg_id=receipt.inner_msg_id)
+        producer.publish({"payment_id": "hopeless"}, routing_key=fifo)
+    with Consumer(connection, [Queue(fifo), Queue(standard)], callbacks=[issue_card], prefetch_count=10):
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and (stored(fifo) or stored(standard)):
+            with contextlib.suppress(socket.timeout):
+                connection.drain_events(timeout=1)
+    assert sorted(done) == sorted(f"p-{n} {queue}" for n in (1, 2) for queue in (fifo, standard))
+    assert (stored(fifo), stored(standard), stored(dead)) == (0, 0, 1)

@@ -8,11 +8,12 @@
   hands out a group's messages one after the other. No order is promised then, and none is lost: kombu's own default
   (one group for all) makes one slow or failing message hold up the whole queue.
 
-A message that is delivered and not settled is kept invisible for as long as this process lives (`visibility_timeout`
-is renewed every third of it, so it may be much shorter than the longest task; SQS itself ends that 12 hours after it
-was received). A requeue makes it visible at once. A delay is a visibility timeout too, so it ends at those 12 hours,
-and SQS counts it as a receive: a redrive policy's `maxReceiveCount` must allow for the retries. In a group of several
-messages SQS keeps the later ones back while an earlier one is held or delayed.
+A message that is delivered and not settled is kept invisible for as long as this process lives: the queue's visibility
+timeout is renewed every third of it, so it may be much shorter than the longest task (`visibility_timeout`, 1800
+seconds unless set, is what a queue gets that is created here). SQS itself ends that 12 hours after the receive. A
+requeue makes the message visible at once. A delay is a visibility timeout too, so it ends at those 12 hours, and SQS
+counts it as a receive: a redrive policy's `maxReceiveCount` must allow for the retries. In a group of several messages
+SQS keeps the later ones back while an earlier one is held or delayed.
 
 All other options are kombu's. A queue that is not there is created, as kombu does.
 """
@@ -45,6 +46,9 @@ logger = logging.getLogger(__name__)
 #: SQS keeps a message invisible for at most 12 hours after it was received; some seconds are left for the way.
 LONGEST_HOLD: Final = 12 * 3600 - 10
 
+#: What SQS gives a queue that was made without a visibility timeout, in seconds.
+SQS_TIMEOUT: Final = 30
+
 _DEDUPLICATION: Final = "MessageDeduplicationId"
 _GROUP: Final = "MessageGroupId"
 _GONE: Final = frozenset({"AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist"})
@@ -58,7 +62,8 @@ class QoS(kombu_sqs.QoS):
         super().append(message, delivery_tag)
         info = message.delivery_info
         if "sqs_queue" in info:
-            self.channel.keeper.add(Held(info["queue"], info["sqs_queue"], delivery_tag))
+            url = info["sqs_queue"]
+            self.channel.keeper.add(Held(info["queue"], url, delivery_tag, self.channel.timeout_of(info["queue"], url)))
 
     def ack(self, delivery_tag: str) -> None:
         self.channel.keeper.remove(delivery_tag)
@@ -77,7 +82,8 @@ class Channel(ConfirmedChannel, kombu_sqs.Channel):
     def __init__(self, connection: Any, **kwargs: Any) -> None:
         super().__init__(connection, **kwargs)
         # Weakly: the keeper's thread must not keep a channel alive that somebody forgot to close.
-        self.keeper = Keeper(weakref.WeakMethod(self._renew), self.visibility_timeout / 3)
+        self.keeper = Keeper(weakref.WeakMethod(self._renew))
+        self._timeouts: dict[str, int] = {}
 
     # --- publishing -------------------------------------------------------------------------------
 
@@ -153,10 +159,22 @@ class Channel(ConfirmedChannel, kombu_sqs.Channel):
             return False
         return True
 
+    def timeout_of(self, queue: str, url: str) -> int:
+        """The visibility timeout of the queue itself, in seconds; asked once. The option holds for new queues only."""
+        if url not in self._timeouts:
+            client, name = self.sqs(queue=self.canonical_queue_name(queue)), "VisibilityTimeout"
+            try:
+                answer = client.get_queue_attributes(QueueUrl=url, AttributeNames=[name])
+                self._timeouts[url] = int(answer["Attributes"][name])
+            except ClientError as error:
+                logger.warning("assuming SQS's own visibility timeout for queue %s: %s", queue, error)
+                self._timeouts[url] = SQS_TIMEOUT
+        return self._timeouts[url]
+
     def _renew(self, batch: list[Held]) -> None:
         """Keep up to 10 messages of one queue invisible. The keeper's thread, which holds its lock."""
         entries = [
-            {"Id": str(at), "ReceiptHandle": held.tag, "VisibilityTimeout": self.visibility_timeout}
+            {"Id": str(at), "ReceiptHandle": held.tag, "VisibilityTimeout": held.timeout}
             for at, held in enumerate(batch)
         ]
         client = self.sqs(queue=self.canonical_queue_name(batch[0].queue))

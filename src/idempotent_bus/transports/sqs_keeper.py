@@ -16,15 +16,20 @@ logger = logging.getLogger(__name__)
 
 #: SQS takes so many messages in one request.
 _BATCH: Final = 10
+_LONGEST: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A message that was received and not settled. tag: its receipt handle, which is kombu's delivery tag too."""
+    """A message that was received and not settled.
+
+    tag: its receipt handle, which is kombu's delivery tag too. timeout: its queue's visibility timeout, in seconds.
+    """
 
     queue: str
     url: str
     tag: str
+    timeout: int
     since: float = field(default_factory=time.monotonic)
 
     def age(self) -> float:
@@ -33,25 +38,29 @@ class Held:
 
 
 class Keeper:
-    """Renews everything that it was given every `interval` seconds. Safe for threads.
+    """Renews everything that it was given every third of the shortest visibility timeout. Safe for threads.
 
     renew: renews up to 10 messages of one queue; a weak reference, whose end ends the thread. lock: held while it is
     called, so that who holds it can change a message's visibility without being overtaken by a renewal.
     """
 
-    def __init__(self, renew: weakref.WeakMethod[Callable[[list[Held]], None]], interval: float) -> None:
+    def __init__(self, renew: weakref.WeakMethod[Callable[[list[Held]], None]]) -> None:
         self.lock = threading.RLock()
         self._renew = renew
-        self._interval = max(interval, 0.1)
+        self._interval = _LONGEST
         self._held: dict[str, Held] = {}
-        self._stopped = threading.Event()
+        self._stopped = False
+        self._woken = threading.Event()
         self._thread: threading.Thread | None = None
 
     def add(self, held: Held) -> None:
         """Keep this one from now on. The first one starts the thread."""
         with self.lock:
             self._held[held.tag] = held
-            if self._thread is None and not self._stopped.is_set():
+            if held.timeout / 3 < self._interval:
+                self._interval = max(held.timeout / 3, 0.1)
+                self._woken.set()
+            if self._thread is None and not self._stopped:
                 self._thread = threading.Thread(target=self._run, name="idempotent-bus-sqs-keeper", daemon=True)
                 self._thread.start()
 
@@ -66,7 +75,8 @@ class Keeper:
 
     def stop(self) -> None:
         """Renew nothing from now on; what is held can still be looked up."""
-        self._stopped.set()
+        self._stopped = True
+        self._woken.set()
 
     def renew_all(self) -> None:
         """One round: renew everything once. An error is logged; the next round tries again."""
@@ -82,7 +92,7 @@ class Keeper:
         with self.lock:  # a batch at a time, so that an ack waits for one request at most
             batch = [self._held[tag] for tag in tags if tag in self._held]
             renew = self._renew()
-            if not batch or renew is None or self._stopped.is_set():
+            if not batch or renew is None or self._stopped:
                 return
             try:
                 renew(batch)
@@ -90,5 +100,8 @@ class Keeper:
                 logger.warning("messages of queue %s could not be kept invisible yet: %r", batch[0].queue, error)
 
     def _run(self) -> None:
-        while not self._stopped.wait(self._interval) and self._renew() is not None:
-            self.renew_all()
+        while not self._stopped and self._renew() is not None:
+            if self._woken.wait(self._interval):
+                self._woken.clear()  # another interval, or the end
+            else:
+                self.renew_all()
