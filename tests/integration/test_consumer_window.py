@@ -85,7 +85,7 @@ def test_a_window_is_handled_once_each(broker: Broker) -> None:
 
     fill(broker, queue, [*map(str, range(100)), *map(str, range(25))])
     made = consumer(broker, {queue: handle})
-    assert made.run(idle_timeout=0.5) == 125
+    assert made.run(idle_timeout=1.5) == 125
     assert Counter(ran) == Counter(map(str, range(100)))
     assert made.endings == {Ended.COMPLETED: 100, Ended.REPLAYED: 25}
     assert broker.is_empty(queue.name)
@@ -110,7 +110,7 @@ def test_redelivered_messages_are_claimed_singly(broker: Broker) -> None:
         for message in held:
             message.requeue()
     handle = idempotent_consumer(store, scope=broker.unique, **QUICK)(lambda body, message: None)
-    assert consumer(broker, {queue: handle}).run(idle_timeout=0.5) == 10
+    assert consumer(broker, {queue: handle}).run(idle_timeout=1.5) == 10
     assert store.batches == []
     assert store.singles == 10
 
@@ -136,7 +136,7 @@ def test_the_handlers_troubles_stay_its_own(broker: Broker) -> None:
     broker.publish(queue, {"id": "0", "sum": 2})
     fill(broker, queue, map(str, range(1, 20)))
     made = consumer(broker, {queue: handle}, prefetch=10)
-    made.run(idle_timeout=1.0)
+    made.run(idle_timeout=2.0)
     assert sorted(ran, key=int) == [str(number) for number in range(20)]
     dead = broker.take(broker.dead, 7)
     assert Counter(message.headers[DEAD_REASON] for message in dead) == {"invalid": 5, "conflict": 1, "attempts": 1}
@@ -162,7 +162,7 @@ def test_two_queues_two_handlers_and_a_publish_from_one_of_them(broker: Broker) 
 
     fill(broker, first, map(str, range(20)))
     made = IdempotentConsumer(connection, {first: hand_on, second: take}, prefetch=5)
-    assert made.run(idle_timeout=0.7) == 40
+    assert made.run(idle_timeout=2.0) == 40
     assert Counter(got) == Counter(map(str, range(20)))
     producer.close()
     connection.release()
@@ -212,7 +212,7 @@ def test_stop_gives_back_what_has_not_started(broker: Broker) -> None:
     done = len(ran)
     slow.clear()
     left = consumer(broker, {queue: handle}, prefetch=50)
-    left.run(idle_timeout=0.7)
+    left.run(idle_timeout=2.0)
     # Had an unstarted one cost an attempt, max_attempts=1 would have buried it.
     assert len(ran) == 60, f"{done} before the stop, {len(ran)} in all"
     assert {attempt for _, attempt in ran} == {1}
@@ -288,7 +288,7 @@ def test_a_lost_ack_reconnects_and_nothing_runs_twice(broker: Broker) -> None:
 
     fill(broker, queue, map(str, range(10)))
     made = consumer(broker, {queue: handle}, prefetch=4)
-    made.run(idle_timeout=1.0)
+    made.run(idle_timeout=2.0)
     assert Counter(ran) == Counter(map(str, range(10)))
     assert broker.is_empty(queue.name)
 
