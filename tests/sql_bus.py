@@ -47,7 +47,7 @@ class Bus:
         return connection.Producer().publish(body, headers=headers, **arguments)
 
     def tables(self) -> Any:
-        from idempotent_bus.transports.sql_database import open_database
+        from idempotent_bus.transports.sql.database import open_database
 
         return open_database(self.url, self.options).tables
 
@@ -60,7 +60,7 @@ class Bus:
         return int(self.execute(query) or 0)
 
     def execute(self, query: Any) -> Any:
-        from idempotent_bus.transports.sql_database import open_database
+        from idempotent_bus.transports.sql.database import open_database
 
         return open_database(self.url, self.options).read(lambda connection: connection.scalar(query))
 
@@ -100,7 +100,7 @@ def drop(bus: Bus) -> None:
         if program.poll() is None:
             program.kill()
             program.wait()
-    from idempotent_bus.transports.sql_database import open_database
+    from idempotent_bus.transports.sql.database import open_database
 
     if bus.url.startswith("sqlite"):
         return

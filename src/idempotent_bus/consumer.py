@@ -11,6 +11,7 @@ import functools
 import heapq
 import itertools
 import logging
+import select
 import socket
 import time
 from collections import Counter
@@ -23,7 +24,7 @@ from kombu.message import Message
 from .errors import ConfigurationError
 from .execution import Ended, Work
 from .handler import IdempotentHandler, WorkExecutor, idempotent_consumer
-from .lane import private_copy
+from .sending.lane import private_copy
 from .settlement import let_go
 
 __all__ = ["IdempotentConsumer", "IdempotentHandler", "WorkExecutor", "idempotent_consumer"]
@@ -91,6 +92,7 @@ class IdempotentConsumer:
     def _reset(self) -> None:
         self._channel: Any = None
         self._at_once = 0.0
+        self._has_more: Callable[[], bool] = _always
         self._arrived: list[_Arrived] = []
         self._parked: list[tuple[float, int, _Arrived]] = []
         self._order = itertools.count()
@@ -173,8 +175,12 @@ class IdempotentConsumer:
 
     def _open_consumers(self, connection: Connection, channel: Any) -> list[Consumer]:
         amqp = connection.transport.driver_type == "amqp"
-        # In the middle of a frame py-amqp spins on a socket that does not block.
-        self._at_once = 0.001 if amqp else 0.0
+        if amqp:
+            # In the middle of a frame py-amqp spins on a socket that does not block; to wait where nothing has come
+            # at all would cost a millisecond for each window.
+            self._at_once = 0.001
+            sock = getattr(connection.connection, "sock", None)  # librabbitmq shows none
+            self._has_more = _always if sock is None else functools.partial(_has_arrived, sock)
         # AMQP counts the prefetch for each consumer, quorum queues allow nothing else; kombu's own for the channel.
         channel.basic_qos(0, max(1, self._prefetch // len(self._handlers)) if amqp else self._prefetch, False)
         consumers = []
@@ -217,7 +223,7 @@ class IdempotentConsumer:
         window = self._window()
         try:
             connection.drain_events(timeout=max(wait, 0.001))
-            while len(self._arrived) < window:
+            while len(self._arrived) < window and self._has_more():
                 connection.drain_events(timeout=self._at_once)
         except (socket.timeout, TimeoutError):  # noqa: UP041 - not the same class in Python 3.10's ssl module
             pass
@@ -290,6 +296,20 @@ class IdempotentConsumer:
         if self._channel.connection.client.transport.driver_type != "amqp":  # there the delay queue holds them
             room = min(len(self._parked), _MOST_PARKED * self._prefetch)
             self._channel.basic_qos(0, self._prefetch + room, False)
+
+
+def _always() -> bool:
+    return True
+
+
+def _has_arrived(sock: Any) -> bool:
+    """Whether there is something to read, or it cannot be told without reading."""
+    if getattr(sock, "pending", int)():  # TLS: decrypted already
+        return True
+    try:
+        return bool(select.select((sock,), (), (), 0)[0])
+    except ValueError:  # more open files than select can name, or the socket is closed
+        return True
 
 
 class _Stopped(Exception):

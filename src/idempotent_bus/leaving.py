@@ -25,10 +25,10 @@ def restore(
     Raises ConfigurationError for another transport, and the driver's errors; what was moved before stays moved.
     """
     module = type(connection.transport).__module__
-    if module.endswith("transports.redis"):
+    if module.endswith("transports.redis.transport"):
         return _restore_redis(connection, queues, dead, force)
-    if module.endswith("transports.sql"):
-        from .transports.sql import restore as restore_sql
+    if module.endswith("transports.sql.transport"):
+        from .transports.sql.transport import restore as restore_sql
 
         return restore_sql(connection, queues=queues or None, dead=dead, force=force)
     raise ConfigurationError(
@@ -37,7 +37,7 @@ def restore(
 
 
 def _restore_redis(connection: Any, queues: Collection[str], dead: bool, force: bool) -> dict[str, int]:
-    from .transports import redis_restore
+    from .transports.redis import restore as redis_restore
 
     moved = redis_restore.restore(connection, *queues, dead=dead, force=force)
     left = redis_restore.holdings(connection)

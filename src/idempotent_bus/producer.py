@@ -17,13 +17,13 @@ from . import hooks
 from .errors import ConfigurationError, PublishError, PublishUnknown
 from .headers import DEDUPLICATION, INNER_MSG_ID
 from .identity import BizIdSpec, extract_biz_id
-from .lane_amqp import AmqpLane
-from .lane_virtual import make_lane
 from .model import Edge, Landing, Receipt
 from .msgid import is_inner_msg_id, new_inner_msg_id
-from .outgoing import Outgoing, prepare
-from .resend import Known, NotConfirmed, ResendPolicy, Sends
-from .streaming import PublishManyError, publish_stream
+from .sending.amqp import AmqpLane
+from .sending.outgoing import Outgoing, prepare
+from .sending.resend import Known, NotConfirmed, ResendPolicy, Sends
+from .sending.streaming import PublishManyError, publish_stream
+from .sending.virtual import make_lane
 
 __all__ = ["IdempotentProducer", "PublishManyError", "ResendPolicy", "idempotent_producer"]
 

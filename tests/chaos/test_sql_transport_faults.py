@@ -16,8 +16,8 @@ import sqlalchemy as sa
 from kombu import Connection, Queue
 
 from idempotent_bus.model import Landing
-from idempotent_bus.transports.sql_database import open_database
-from idempotent_bus.transports.sql_lease import LeaseKeeper
+from idempotent_bus.transports.sql.database import open_database
+from idempotent_bus.transports.sql.lease import LeaseKeeper
 from sql_bus import DIALECTS, Bus, deliveries, drop, eventually, lines, open_bus
 
 LONG = bool(os.environ.get("IDEMPOTENT_BUS_LONG"))

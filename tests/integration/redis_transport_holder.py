@@ -13,7 +13,8 @@ from typing import Any
 
 from kombu import Connection, Consumer, Queue
 
-from idempotent_bus.transports import redis_fetch, register
+from idempotent_bus.transports import register
+from idempotent_bus.transports.redis import fetch as redis_fetch
 
 
 def die(*_: Any, **__: Any) -> None:

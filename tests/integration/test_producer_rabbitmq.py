@@ -298,7 +298,7 @@ def test_a_connection_closed_while_idle_is_no_doubt(
     broker: Broker, make: Any, proxy: Proxy, url: str, unique: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A connection that died while nobody published is replaced before the send: one send, one message."""
-    monkeypatch.setattr("idempotent_bus.lane_amqp._LOOK_AFTER_IDLE", 0.0)
+    monkeypatch.setattr("idempotent_bus.sending.amqp._LOOK_AFTER_IDLE", 0.0)
     queue = broker.queue(unique)
     producer = make(through(proxy, url))
     producer.publish({"n": 1}, routing_key=queue)

@@ -27,7 +27,7 @@ from redis_transport_rig import (
 )
 
 from idempotent_bus.errors import ConfigurationError
-from idempotent_bus.transports.redis_restore import Holdings, dead_messages, holdings, restore
+from idempotent_bus.transports.redis.restore import Holdings, dead_messages, holdings, restore
 from proxy import Proxy, through
 
 __all__ = ["one_server", "server"]
@@ -412,7 +412,7 @@ def _swept(connection: Any, name: str) -> bool:
     """Look after the queue as an idle consumer does, without taking anything."""
     channel = connection.default_channel
     line = channel.line
-    from idempotent_bus.transports.redis_wire import Wire
+    from idempotent_bus.transports.redis.wire import Wire
 
     wire = Wire(channel.pool)
     try:

@@ -32,7 +32,7 @@ from redis_transport_rig import (
 
 import servers
 from idempotent_bus.model import Landing
-from idempotent_bus.transports import redis as ours
+from idempotent_bus.transports.redis import transport as ours
 
 __all__ = ["one_server", "server"]
 

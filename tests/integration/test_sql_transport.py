@@ -13,9 +13,9 @@ from kombu import Connection
 
 from idempotent_bus.errors import Unroutable
 from idempotent_bus.model import Landing
-from idempotent_bus.transports.sql import dead_letters, restore
-from idempotent_bus.transports.sql_database import open_database
-from idempotent_bus.transports.sql_edge import Edge
+from idempotent_bus.transports.sql.database import open_database
+from idempotent_bus.transports.sql.edge import Edge
+from idempotent_bus.transports.sql.transport import dead_letters, restore
 from sql_bus import DIALECTS, Bus, deliveries, drop, lines, open_bus
 
 

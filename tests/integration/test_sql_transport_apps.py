@@ -83,7 +83,7 @@ def test_a_consumer_mixin_survives_a_database_that_is_away(tmp_path: Path, uniqu
     thread.start()
     try:
         eventually(lambda: worker.seen == [1])
-        from idempotent_bus.transports.sql_database import open_database
+        from idempotent_bus.transports.sql.database import open_database
 
         database = open_database(bus.url, bus.options)
         real, failures = database.change_token, [0]

@@ -11,12 +11,12 @@ from kombu import Connection
 from idempotent_bus import producer as producer_module
 from idempotent_bus.errors import ConfigurationError, PublishUnknown, Rejected, Unroutable
 from idempotent_bus.headers import DEDUPLICATION
-from idempotent_bus.lane_amqp import AmqpLane
 from idempotent_bus.model import Edge, Landing
 from idempotent_bus.msgid import new_inner_msg_id
-from idempotent_bus.outgoing import Outgoing
 from idempotent_bus.producer import IdempotentProducer, ResendPolicy
-from idempotent_bus.resend import Known, NotConfirmed
+from idempotent_bus.sending.amqp import AmqpLane
+from idempotent_bus.sending.outgoing import Outgoing
+from idempotent_bus.sending.resend import Known, NotConfirmed
 
 
 class ScriptedLane(AmqpLane):

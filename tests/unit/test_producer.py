@@ -20,12 +20,12 @@ from idempotent_bus.errors import (
     Unroutable,
 )
 from idempotent_bus.headers import INNER_MSG_ID
-from idempotent_bus.lane import Lane
 from idempotent_bus.model import Edge, Landing
 from idempotent_bus.msgid import is_inner_msg_id, new_inner_msg_id
-from idempotent_bus.outgoing import Outgoing
 from idempotent_bus.producer import IdempotentProducer, PublishManyError, ResendPolicy, idempotent_producer
-from idempotent_bus.resend import Known, NotConfirmed
+from idempotent_bus.sending.lane import Lane
+from idempotent_bus.sending.outgoing import Outgoing
+from idempotent_bus.sending.resend import Known, NotConfirmed
 
 Outcome = Landing | BaseException
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from idempotent_bus.confirms import ConfirmChannel
 from idempotent_bus.headers import INNER_MSG_ID
-from idempotent_bus.resend import Known, NotConfirmed
+from idempotent_bus.sending.confirms import ConfirmChannel
+from idempotent_bus.sending.resend import Known, NotConfirmed
 
 
 class FakeMessage:

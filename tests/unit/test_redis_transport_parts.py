@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis import exceptions
 
-from idempotent_bus.transports import redis_scripts
-from idempotent_bus.transports.redis_fetch import message_of
-from idempotent_bus.transports.redis_keys import mark_key, queue_keys, queue_of
-from idempotent_bus.transports.redis_wire import Wire, pack
+from idempotent_bus.transports.redis import scripts as redis_scripts
+from idempotent_bus.transports.redis.fetch import message_of
+from idempotent_bus.transports.redis.keys import mark_key, queue_keys, queue_of
+from idempotent_bus.transports.redis.wire import Wire, pack
 
 names = st.text(min_size=1, max_size=20)
 

@@ -24,10 +24,10 @@ from kombu.transport import TRANSPORT_ALIASES
 __all__ = ["register"]
 
 _ALIASES = {
-    "idempotent-redis": "idempotent_bus.transports.redis:Transport",
-    "idempotent-rediss": "idempotent_bus.transports.redis:SecureTransport",
-    "idempotent-sentinel": "idempotent_bus.transports.redis:SentinelTransport",
-    "idempotent-sqla": "idempotent_bus.transports.sql:Transport",
+    "idempotent-redis": "idempotent_bus.transports.redis.transport:Transport",
+    "idempotent-rediss": "idempotent_bus.transports.redis.transport:SecureTransport",
+    "idempotent-sentinel": "idempotent_bus.transports.redis.transport:SentinelTransport",
+    "idempotent-sqla": "idempotent_bus.transports.sql.transport:Transport",
     "idempotent-sqs": "idempotent_bus.transports.sqs:Transport",
     "idempotent-azureservicebus": "idempotent_bus.transports.azureservicebus:Transport",
     "idempotent-kafka": "idempotent_bus.transports.kafka:Transport",

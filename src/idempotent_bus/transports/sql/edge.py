@@ -15,10 +15,10 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 
-from ..model import Landing
-from . import sql_payload
-from .sql_database import ERRORS, Database
-from .sql_tables import COUNTED, affected, insert_ignore
+from ...model import Landing
+from . import payload as sql_payload
+from .database import ERRORS, Database
+from .tables import COUNTED, affected, insert_ignore
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from kombu.compression import compress
 from kombu.exceptions import EncodeError
 from kombu.serialization import dumps
 
-from .errors import ConfigurationError, InvalidBody
-from .headers import INNER_MSG_ID
+from ..errors import ConfigurationError, InvalidBody
+from ..headers import INNER_MSG_ID
 
 __all__ = ["Outgoing", "prepare"]
 

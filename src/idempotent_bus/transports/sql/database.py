@@ -21,8 +21,8 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import QueuePool
 
-from ..errors import ConfigurationError
-from .sql_tables import CLOCKS, KOMBU_MESSAGE, KOMBU_QUEUE, Tables, create, tables
+from ...errors import ConfigurationError
+from .tables import CLOCKS, KOMBU_MESSAGE, KOMBU_QUEUE, Tables, create, tables
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from amqp import spec
 
-from .headers import INNER_MSG_ID
+from ..headers import INNER_MSG_ID
 from .resend import Known, NotConfirmed
 
 __all__ = ["ConfirmChannel", "Ticket"]

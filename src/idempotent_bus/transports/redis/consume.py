@@ -7,11 +7,11 @@ from typing import Any
 
 from kombu.log import get_logger
 
-from .redis_edge import PublishingChannel
-from .redis_fetch import Line, message_of
-from .redis_hold import Hold
-from .redis_scripts import BURY, DELAY, GIVEBACK
-from .redis_wire import Command
+from .edge import PublishingChannel
+from .fetch import Line, message_of
+from .hold import Hold
+from .scripts import BURY, DELAY, GIVEBACK
+from .wire import Command
 
 logger = get_logger(__name__)
 

@@ -8,10 +8,10 @@ from typing import Any, Final
 from kombu import Connection
 from kombu.transport.virtual import Channel as VirtualChannel
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
+from ..model import Edge, Landing
+from .amqp import AmqpLane
 from .lane import Lane, private_copy
-from .lane_amqp import AmqpLane
-from .model import Edge, Landing
 from .outgoing import Outgoing
 from .resend import Known, NotConfirmed
 

@@ -38,16 +38,16 @@ from kombu.transport import virtual
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from ..errors import Unroutable
-from ..headers import INNER_MSG_ID
-from ..model import Landing
-from . import sql_payload
-from .sql_database import ERRORS, Database, open_database
-from .sql_edge import WINDOW, Edge
-from .sql_fetch import Delivery, Fetcher, LeaseGone
-from .sql_lease import Lease, keeper_of, renew
-from .sql_leave import DeadLetter, dead_letters, restore
-from .sql_restore import Restorer
+from ...errors import Unroutable
+from ...headers import INNER_MSG_ID
+from ...model import Landing
+from . import payload as sql_payload
+from .database import ERRORS, Database, open_database
+from .edge import WINDOW, Edge
+from .fetch import Delivery, Fetcher, LeaseGone
+from .lease import Lease, keeper_of, renew
+from .leave import DeadLetter, dead_letters, restore
+from .restore import Restorer
 
 __all__ = ["Channel", "DeadLetter", "QoS", "Transport", "dead_letters", "restore"]
 
@@ -78,16 +78,19 @@ class QoS(virtual.QoS):
         self._quick_ack(delivery_tag)
 
     def delay(self, delivery_tag: str, seconds: float) -> bool:
+        """Settle a delivery by letting it come back in so many seconds. False: the lease had lapsed, it is back."""
         done = self.channel._fetcher.delay(delivery_tag, seconds)
         self.channel._settled(done, "delay")
         self._quick_ack(delivery_tag)
         return bool(done)
 
     def unsettled(self) -> list[str]:
+        """The tags of what was delivered and is neither acked nor given back."""
         self._flush()
         return list(self._delivered)
 
     def forget(self) -> None:
+        """Drop the list: what was on it belongs to others now, or has been given back."""
         self._dirty.clear()
         self._delivered.clear()
 

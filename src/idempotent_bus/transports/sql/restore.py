@@ -13,9 +13,9 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from . import sql_payload
-from .sql_database import Database
-from .sql_tables import insert_ignore
+from . import payload as sql_payload
+from .database import Database
+from .tables import insert_ignore
 
 #: Messages that one transaction moves at most, so that it stays short.
 BATCH: Final = 200

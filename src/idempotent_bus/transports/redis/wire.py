@@ -18,7 +18,7 @@ from typing import Any
 from redis import exceptions
 from redis._parsers.base import BaseParser
 
-from .redis_scripts import Script
+from .scripts import Script
 
 __all__ = ["Command", "Wire"]
 
@@ -85,6 +85,7 @@ class Wire:
 
     @property
     def sock(self) -> socket.socket | None:
+        """The open socket, for a poller to wait on; None while the connection is closed."""
         return self._sock
 
     def connect(self) -> None:

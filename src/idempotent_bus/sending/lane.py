@@ -19,11 +19,11 @@ from kombu.common import maybe_declare
 from kombu.exceptions import OperationalError
 from typing_extensions import Self
 
-from .errors import ConfigurationError, Unroutable
-from .model import Edge, Landing
+from ..errors import ConfigurationError, Unroutable
+from ..model import Edge, Landing
+from ..transports import register
 from .outgoing import Outgoing
 from .resend import Known, NotConfirmed
-from .transports import register
 
 __all__ = ["Lane", "private_copy"]
 

@@ -18,8 +18,8 @@ from uuid import uuid4
 
 import sqlalchemy as sa
 
-from .sql_database import ERRORS, Database
-from .sql_tables import affected
+from .database import ERRORS, Database
+from .tables import affected
 
 logger = logging.getLogger(__name__)
 

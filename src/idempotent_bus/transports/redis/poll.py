@@ -17,7 +17,7 @@ from kombu.transport.redis import MultiChannelPoller
 from kombu.utils.eventio import ERR, READ
 
 if TYPE_CHECKING:
-    from .redis import Channel
+    from .transport import Channel
 
 #: One turn in an event loop hands out messages for at most this long (seconds), then the loop's other work is done.
 _TURN = 0.01

@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 from kombu.exceptions import BatchPublishError
 from kombu.utils.json import dumps
 
-from ..errors import Unroutable
-from ..headers import INNER_MSG_ID, REDRIVE
-from ..model import Landing
-from .redis_base import BaseChannel
-from .redis_keys import mark_key
-from .redis_scripts import LAND
-from .redis_wire import Command
+from ...errors import Unroutable
+from ...headers import INNER_MSG_ID, REDRIVE
+from ...model import Landing
+from .base import BaseChannel
+from .keys import mark_key
+from .scripts import LAND
+from .wire import Command
 
 __all__ = ["Batch", "PublishingChannel"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from . import sql_payload
-from .sql_database import Database, open_database
-from .sql_restore import BATCH, UNREADABLE, Restorer
+from . import payload as sql_payload
+from .database import Database, open_database
+from .restore import BATCH, UNREADABLE, Restorer
 
 _SCHEMES = ("idempotent-sqla+", "sqla+", "sqlalchemy+")
 

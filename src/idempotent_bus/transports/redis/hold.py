@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from kombu.log import get_logger
 from kombu.transport import virtual
 
-from .redis_wire import Command
+from .wire import Command
 
 if TYPE_CHECKING:
-    from .redis import Channel
+    from .transport import Channel
 
 logger = get_logger(__name__)
 

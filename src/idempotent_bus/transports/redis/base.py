@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from kombu.transport import redis as kombu_redis
 from redis import exceptions
 
-from .redis_keeper import Keeper
-from .redis_keys import QueueKeys, queue_keys
-from .redis_wire import Command, Wire
+from .keeper import Keeper
+from .keys import QueueKeys, queue_keys
+from .wire import Command, Wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

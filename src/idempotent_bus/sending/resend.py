@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .errors import ConfigurationError, PublishError, PublishUnknown, Rejected, Unroutable
+from ..errors import ConfigurationError, PublishError, PublishUnknown, Rejected, Unroutable
 
 __all__ = ["Known", "NotConfirmed", "ResendPolicy", "Sends"]
 

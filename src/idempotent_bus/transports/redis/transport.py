@@ -31,9 +31,9 @@ from kombu.log import get_logger
 from kombu.transport import redis as kombu_redis
 from redis import exceptions
 
-from .redis_consume import ConsumingChannel
-from .redis_poll import Poller
-from .redis_wire import Command
+from .consume import ConsumingChannel
+from .poll import Poller
+from .wire import Command
 
 __all__ = ["Channel", "SecureTransport", "SentinelChannel", "SentinelTransport", "Transport"]
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from kombu.log import get_logger
 from kombu.utils.json import loads
 
-from .redis_keys import QueueKeys
-from .redis_scripts import FETCH, TEND
-from .redis_wire import Command, Wire
+from .keys import QueueKeys
+from .scripts import FETCH, TEND
+from .wire import Command, Wire
 
 if TYPE_CHECKING:
-    from .redis import Channel
+    from .transport import Channel
 
 logger = get_logger(__name__)
 

@@ -13,11 +13,11 @@ from uuid import uuid4
 
 import sqlalchemy as sa
 
-from . import sql_payload
-from .sql_database import Database
-from .sql_lease import Lease, renew
-from .sql_restore import UNREADABLE, Restorer
-from .sql_tables import affected
+from . import payload as sql_payload
+from .database import Database
+from .lease import Lease, renew
+from .restore import UNREADABLE, Restorer
+from .tables import affected
 
 Delivery = tuple[str, dict[str, Any]]
 

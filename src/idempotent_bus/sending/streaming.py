@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from . import hooks
+from .. import hooks
+from ..errors import PublishError
+from ..model import Edge, Landing, Receipt
+from .amqp import AmqpLane
 from .confirms import Ticket
-from .errors import PublishError
-from .lane_amqp import AmqpLane
-from .model import Edge, Landing, Receipt
 from .outgoing import Outgoing
 from .resend import Known, NotConfirmed, ResendPolicy, Sends
 

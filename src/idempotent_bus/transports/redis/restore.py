@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigurationError
-from .redis_fetch import message_of
-from .redis_keys import our_keys_pattern, queue_of
-from .redis_scripts import REVIVE
+from ...errors import ConfigurationError
+from .fetch import message_of
+from .keys import our_keys_pattern, queue_of
+from .scripts import REVIVE
 
 __all__ = ["DeadMessage", "Holdings", "dead_messages", "holdings", "restore"]
 

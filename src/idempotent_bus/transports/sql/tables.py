@@ -20,7 +20,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
-from ..errors import ConfigurationError
+from ...errors import ConfigurationError
 
 KOMBU_QUEUE: Final = "kombu_queue"
 KOMBU_MESSAGE: Final = "kombu_message"

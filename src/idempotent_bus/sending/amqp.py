@@ -9,9 +9,9 @@ from typing import Any, Final
 from amqp.method_framing import frame_writer
 from kombu import Connection
 
+from ..model import Landing
 from .confirms import ConfirmChannel, Ticket
 from .lane import Lane
-from .model import Landing
 from .outgoing import Outgoing
 from .resend import Known, NotConfirmed
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from kombu.log import get_logger
 from redis import exceptions
 
-from .redis_scripts import RENEW
-from .redis_wire import Command
+from .scripts import RENEW
+from .wire import Command
 
 if TYPE_CHECKING:
-    from .redis import Channel
+    from .transport import Channel
 
 logger = get_logger(__name__)
 

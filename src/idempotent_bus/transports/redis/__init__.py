@@ -1,0 +1,1 @@
+"""`idempotent-redis://`, `idempotent-rediss://` and `idempotent-sentinel://`: see `transport`."""

@@ -1,0 +1,1 @@
+"""`idempotent-sqla+sqlite:///...`, `+postgresql+psycopg://...`, `+mysql+pymysql://...`: see `transport`."""
