@@ -26,7 +26,7 @@ from .execution import Ended, Execution, current_execution
 from .identity import INNER_MSG_ID
 from .model import Edge, Landing, Reason, Receipt
 from .policy import Backoff
-from .producer import IdempotentProducer, ResendPolicy, idempotent_producer
+from .producer import IdempotentProducer, PublishManyError, ResendPolicy, idempotent_producer
 from .store import Store
 from .stores import open_store
 from .transports import register as _register
@@ -55,6 +55,7 @@ __all__ = [
     "NoExecution",
     "Permanent",
     "PublishError",
+    "PublishManyError",
     "PublishUnknown",
     "Reason",
     "Receipt",

@@ -41,7 +41,9 @@ _LONGEST_PAUSE: Final = 1.0
 _SHORTEST_DELAY_MS: Final = 250
 
 #: What the broker adds on its own way; sent on, it would pile up, or (CC) bring copies into other queues.
-_BROKER_HEADERS: Final = frozenset({"x-death", "x-delivery-count", "x-acquired-count", "CC", "BCC"})
+_BROKER_HEADERS: Final = frozenset(
+    {"x-deduplication-header", "x-death", "x-delivery-count", "x-acquired-count", "CC", "BCC"}
+)
 _BROKER_PREFIXES: Final = ("x-first-death-", "x-last-death-")
 _DEATHS: Final = "x-death"
 #: Only quorum queues count deliveries, and throw away what was delivered too often.
