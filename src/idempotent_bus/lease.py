@@ -1,4 +1,4 @@
-"""Renewal of the leases of all handlers that are running, by one background thread per store and process.
+"""Renewal of the leases of all running handlers, by one background thread per executor and process.
 
 The thread sleeps until the next renewal is due, so a short handler costs one entry in a dict and no switch of
 threads. `tick` does one round; a test calls it with a clock of its own, without the thread.

@@ -41,3 +41,13 @@ def test_the_two_commands_are_one_line_each() -> None:
     assert demo.strip().endswith("idempotent-bus demo")
     assert tests.strip().endswith("pytest")
     assert len(demo.splitlines()) == len(tests.splitlines()) == 1
+
+
+def test_the_example_runs() -> None:
+    """examples/membership_card.py shows what it says: three cards for three payments that were sent three times."""
+    example = README.parent / "examples" / "membership_card.py"
+    run = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "cards: ['p-1', 'p-2', 'p-3']" in run.stdout
+    assert "'completed': 3" in run.stdout
+    assert "'dead': 1" in run.stdout
