@@ -182,9 +182,9 @@ def test_through_sentinel_messages_go_on_after_a_failover(sentinels: Sentinels, 
         queue = declare(connection, unique)
         assert send(connection, queue, 1, headers=ID) is Landing.LANDED
         with Redis(port=sentinels.replica) as replica:
-            until(lambda: replica.llen(unique) == 1, 5, "the replication")
+            until(lambda: replica.llen(unique) == 1, 30, "the replication")
             sentinels.processes["master"].kill()
-            until(lambda: replica.info("replication")["role"] == "master", 20, "the failover")
+            until(lambda: replica.info("replication")["role"] == "master", 60, "the failover")
         policy = {"max_retries": 20, "interval_start": 0.1, "interval_max": 0.5}
         for headers, expected in ((ID, Landing.DUPLICATE), ({"inner-msg-id": "m-2"}, Landing.LANDED)):
             assert send(connection, queue, 2, headers=headers, retry=True, retry_policy=policy) is expected
