@@ -61,7 +61,7 @@ def _update(progress: Progress, task: TaskID, done: int, kills: int) -> None:
 #: kombu's own transports that lose messages by themselves, by URL scheme, and why.
 _LOSES = {
     "redis": "kombu's Redis transport pops a message and notes it as unacked in two steps, and what was on its way "
-    "when a consumer died or its connection was cut is gone",
+    "when a consumer died or its connection was cut is gone: use idempotent-redis:// instead",
     "sqla": "kombu's SQLAlchemy transport marks a message as taken and never brings it back: "
     "use idempotent-sqla+... instead",
 }
