@@ -123,7 +123,7 @@ def make_broker(name: str, unique: str, tmp_path: Path) -> Broker:
     if name == "ours-sqlite":
         return Broker(name, f"idempotent-sqla+sqlite:///{tmp_path}/bus.db", unique, {"polling_interval": 0.01})
     if name == "ours-redis":
-        return Broker(name, f"idempotent-{servers.redis()}", unique, {"global_keyprefix": unique})
+        return Broker(name, f"idempotent-{servers.real_redis()}", unique, {"global_keyprefix": unique})
     return Broker(name, servers.rabbitmq(), unique)
 
 

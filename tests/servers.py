@@ -63,7 +63,7 @@ def redis() -> str:
 
 
 def real_redis() -> str:
-    """For tests of what only a real server does (persistence, out of memory, CLIENT PAUSE)."""
+    """For what only a real server does: persistence, out of memory, CLIENT PAUSE, our transport's client tracking."""
     return _need("Redis", REDIS)
 
 

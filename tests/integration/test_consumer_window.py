@@ -89,7 +89,7 @@ def test_a_window_is_handled_once_each(broker: Broker) -> None:
     assert Counter(ran) == Counter(map(str, range(100)))
     assert made.endings == {Ended.COMPLETED: 100, Ended.REPLAYED: 25}
     assert broker.is_empty(queue.name)
-    assert max(store.batches) > 5
+    assert max(store.batches) > 2
     assert len(store.batches) + store.singles < 80, (store.batches, store.singles)
 
 
@@ -306,8 +306,9 @@ def test_a_cut_connection_is_ridden_out(name: str, unique: str, tmp_path: Any) -
 
     fill(direct, queue, map(str, range(100)))
     options = {**direct.options, "visibility_timeout": 3}
-    url = servers.rabbitmq() if direct.is_rabbitmq else servers.redis()
     prefix = "idempotent-" if name == "ours-redis" else ""
+    redis = servers.real_redis if prefix else servers.redis
+    url = servers.rabbitmq() if direct.is_rabbitmq else redis()
     with Proxy(url=url) as proxy:
         from kombu import Connection
 

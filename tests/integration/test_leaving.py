@@ -16,7 +16,7 @@ from idempotent_bus.cli import main
 @pytest.fixture(params=["redis", "sqlite"])
 def broker(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "redis":
-        return f"idempotent-{servers.redis()}"
+        return f"idempotent-{servers.real_redis()}"
     return f"idempotent-sqla+sqlite:///{tmp_path}/broker.db"
 
 

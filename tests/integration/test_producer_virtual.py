@@ -171,7 +171,7 @@ def test_over_a_transport_of_ours_a_lost_reply_lands_once(scheme: str, drain: An
     """Replies lost after the send: one message, landed at the edge; the same id published again is a duplicate."""
     url = f"{scheme}+sqlite:///{tmp_path}/broker.db"
     if scheme == "idempotent-redis":
-        url = servers.redis().replace("redis", scheme, 1)
+        url = servers.real_redis().replace("redis", scheme, 1)
     lost = iter([True, True, False, False])
 
     def step(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
