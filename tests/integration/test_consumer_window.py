@@ -89,9 +89,9 @@ def test_a_window_is_handled_once_each(broker: Broker) -> None:
     assert Counter(ran) == Counter(map(str, range(100)))
     assert made.endings == {Ended.COMPLETED: 100, Ended.REPLAYED: 25}
     assert broker.is_empty(queue.name)
-    assert max(store.batches) > 2
-    # How many fewer depends on how fast the broker delivers: a stand-in for Redis is slow.
-    assert len(store.batches) + store.singles < 125, (store.batches, store.singles)
+    if broker.name != "redis":  # kombu's own asks for one message at a time: whether two are there at once is luck
+        assert max(store.batches) > 2
+        assert len(store.batches) + store.singles < 80, (store.batches, store.singles)
 
 
 @on(*RABBITMQ, *OURS, "redis")
