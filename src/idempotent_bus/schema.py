@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Collection, Iterator
-from typing import Final
+from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Dialect, Engine
@@ -25,6 +25,10 @@ PREFIX: Final = "idempotent_bus_"
 #: What can be had apart: the dedup store's tables, and the inbox's, which lives where the effects are.
 PARTS: Final = ("store", "inbox")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
+# On PostgreSQL a page keeps room for the completion beside the claim. SQLAlchemy 2.0 has no word for it on a table.
+_ROOM_FOR_UPDATES: Final[dict[str, Any]] = (
+    {"postgresql_with": {"fillfactor": "85"}} if not sa.__version__.startswith("2.0.") else {}
+)
 # Tables that a database without sequences has instead of one carry this mark.
 _INSTEAD: Final = "instead_of_sequence"
 
@@ -72,9 +76,8 @@ def _records(tables: sa.MetaData, prefix: str) -> None:
         sa.Column("fingerprint", Digest(FINGERPRINT_BYTES)),
         sa.Column("result", Blob),
         sa.Index(f"{name}_purge", "purge_after"),
-        # A page keeps room for the completion beside the claim.
-        postgresql_with={"fillfactor": "85"},
         sqlite_with_rowid=False,
+        **_ROOM_FOR_UPDATES,
     )
 
 
