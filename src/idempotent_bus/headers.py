@@ -15,7 +15,7 @@ REDRIVE: Final = "idempotent-bus-redrive"
 
 #: Why a message is in the dead letter: one of the words of `model.Reason`.
 DEAD_REASON: Final = "idempotent-bus-dead-reason"
-#: The last line of the traceback, or the text of the refusal; never a biz-id.
+#: The last line of the traceback, which is the handler's own text, or that of the refusal, which has no biz-id in it.
 DEAD_ERROR: Final = "idempotent-bus-dead-error"
 #: How many attempts were counted before the message was given up.
 DEAD_ATTEMPTS: Final = "idempotent-bus-dead-attempts"

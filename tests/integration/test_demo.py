@@ -69,10 +69,10 @@ def _queues() -> set[str] | None:
 
 
 def test_a_run_without_trouble_proves_nothing() -> None:
-    """The control of the control: where the unprotected run shows no damage the demo fails."""
+    """The control of the control: where the unprotected run shows no damage the demo fails. The seed loses nothing."""
     run = _demo("--payments", "3", "--kills", "0", "--mode", "naive", "--consumers", "1", "--seed", "3")
-    assert "proves nothing" in run.stdout or "damage" in run.stdout
-    assert run.returncode == (1 if "proves nothing" in run.stdout else 0)
+    assert "proves nothing" in " ".join(run.stdout.split())
+    assert run.returncode == 1
 
 
 @pytest.mark.parametrize(
