@@ -26,7 +26,11 @@ class InvalidBizId(InvalidMessage):
 
 
 class InvalidBody(InvalidMessage):
-    """The body cannot be decoded, or no fingerprint can be made of it."""
+    """The body cannot be decoded, is too large, or no fingerprint can be made of it."""
+
+
+class Untrusted(InvalidMessage):
+    """The signature is missing or wrong: the message is not from a producer that this consumer trusts."""
 
 
 class InvalidScope(ConfigurationError):
@@ -79,6 +83,21 @@ class PublishUnknown(PublishError):
 
 class Permanent(IdempotentBusError):
     """Raise this, or a subclass, from a handler when a rerun cannot help: the message is dead-lettered at once."""
+
+
+class Transient(IdempotentBusError):
+    """Raise this, or a subclass, from a handler when a rerun will help: `retry_after` seconds replace the backoff.
+
+    It counts as an attempt like any other failure.
+    """
+
+    def __init__(self, text: str = "", *, retry_after: float | None = None) -> None:
+        super().__init__(text)
+        self.retry_after = retry_after
+
+
+class LeaseLost(IdempotentBusError):
+    """The execution's lease is over, and another one may have taken over: stop, and change nothing more."""
 
 
 class HandlerAcknowledged(IdempotentBusError):

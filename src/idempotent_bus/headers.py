@@ -25,3 +25,9 @@ DEAD_SCOPE: Final = "idempotent-bus-dead-scope"
 DEAD_AT: Final = "idempotent-bus-dead-at"
 #: The queue that the message was consumed from; a redrive moves it back there.
 ORIGIN_QUEUE: Final = "idempotent-bus-origin-queue"
+#: The record that the message belongs to, in hex: tells a redrive whether it has been completed meanwhile.
+DEAD_RECORD: Final = "idempotent-bus-dead-record"
+
+#: The producer that signed the message, and its signature: see `signing.py`.
+PRODUCER: Final = "idempotent-bus-producer"
+SIGNATURE: Final = "idempotent-bus-signature"

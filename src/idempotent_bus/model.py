@@ -22,6 +22,8 @@ class State(enum.IntEnum):
     """Final. The stored result answers every later copy."""
     RELEASED = 4
     """Given back; the next claim may run. Its attempts stay counted."""
+    QUARANTINED = 5
+    """Abandoned in the middle of its handler, so that nobody knows of its effect: nothing runs until a person decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,8 @@ class Claimed:
     """The claim won.
 
     token: larger than every token that this key ever had. attempt: the number of this run, from 1 (for a
-    reservation: the number that it will have once it starts). taken_over: an earlier holder had started and its
-    lease lapsed, so its effect may or may not exist.
+    reservation: the number that it will have once it starts). taken_over: an earlier holder had started, and its
+    lease lapsed or was ended as abandoned, so its effect may or may not exist.
     """
 
     token: int
@@ -87,12 +89,20 @@ class Conflict:
     state: State
 
 
-ClaimOutcome = Claimed | Busy | Completed | Conflict
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """It was abandoned in the middle of its handler and waits for a person's decision: nothing may run."""
+
+
+ClaimOutcome = Claimed | Busy | Completed | Conflict | Quarantined
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record as a look-up shows it. lease_left and retention_left: seconds by the store's clock, never below 0."""
+    """A record as a look-up shows it. lease_left and retention_left: seconds by the store's clock, never below 0.
+
+    result: what `complete` stored, or of a quarantined record its note.
+    """
 
     key: bytes
     state: State
@@ -148,5 +158,11 @@ class Reason(str, enum.Enum):
     """The attempts are used up."""
     PERMANENT = "permanent"
     """The handler raised an error that no rerun can mend."""
+    ABANDONED = "abandoned"
+    """A worker died in the middle of the handler, and the record is in quarantine: resolve it, then redrive."""
+    TOO_OLD = "too old"
+    """Older than the retention: its record may have been forgotten, so that it is in doubt whether it was done."""
+    UNTRUSTED = "untrusted"
+    """The signature is missing or wrong: the message is not from a producer that this consumer trusts."""
     NO_ACK = "no-ack"
     """The consumer was opened with no_ack=True, so the broker had already forgotten the message."""

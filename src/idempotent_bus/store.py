@@ -4,11 +4,11 @@ A store keeps one record per key. It is right if, and only if:
 
 * `claim` is one atomic step: of any number of racers, in any number of processes, exactly one gets `Claimed`.
 * Every `Claimed.token` is larger than every token its key had before, even if the record was forgotten between.
-* `renew`, `complete` and `release` compare key, token *and* nonce inside their atomic step.
+* `renew`, `complete`, `release`, `abandon` and `quarantine` compare key, token *and* nonce inside their atomic step.
 * Time is the store's own clock, read inside the atomic step; nothing a caller says about the time is used.
 * Repeating any call with the same arguments is safe and tells the outcome of the first (a reply may get lost):
   `claim` with a nonce that already holds the record returns the same token and attempt and renews the lease;
-  `complete` and `release` that already happened by the same hold return True again.
+  `complete`, `release`, `abandon` and `quarantine` that already happened by the same hold return True again.
 * When in doubt it raises `StoreUnavailable`, with the driver's error chained. It never guesses.
 
 The claim's rules, in this order, on the record of the key (a record past its retention counts as absent):
@@ -18,10 +18,12 @@ The claim's rules, in this order, on the record of the key (a record past its re
    stays a reservation: no attempt is counted).
 3. fingerprints differ (both given) and the record is not released -> `Conflict`.
 4. completed -> `Completed` with the stored result. Completed is final: nothing but its retention ends it.
-5. held by another nonce, lease not lapsed -> `Busy`; costs no attempt and changes nothing.
-6. released, or held with a lapsed lease: take it over with a new token, this nonce and this fingerprint;
+5. quarantined -> `Quarantined`; only `resolve` ends it, whatever the redrive number.
+6. held by another nonce, lease not lapsed -> `Busy`; costs no attempt and changes nothing.
+7. released, or held with a lapsed lease: take it over with a new token, this nonce and this fingerprint;
    attempts start at 0 if `redrive` is larger than the record's; then, unless `reserve`, attempts + 1
-   -> `Claimed`, with `taken_over` if it was IN_PROGRESS (not released, not merely reserved).
+   -> `Claimed`, with `taken_over` if it was IN_PROGRESS, or a reservation that had itself taken over such a record and
+   never started (not if it was released, or merely reserved): that somebody may have done it is not forgotten.
 
 A claim's `attempt` is the record's attempts, plus one for a reservation. The redrive number of a record only
 grows. A claim sets the retention to at least lease + retention from now, so that no live record is forgotten.
@@ -34,11 +36,11 @@ from typing import Protocol, runtime_checkable
 
 from .model import ClaimOutcome, ClaimRequest, Hold, Record
 
-__all__ = ["BatchStore", "LookupStore", "PurgeStore", "Store"]
+__all__ = ["BatchStore", "LookupStore", "PurgeStore", "QuarantineStore", "Store"]
 
 
 class Store(Protocol):
-    """Four verbs and a close. Every method is safe to call from several threads at once.
+    """Five verbs and a close. Every method is safe to call from several threads at once.
 
     All durations are seconds. Every method raises `StoreUnavailable` when its outcome is unknown.
     """
@@ -65,6 +67,14 @@ class Store(Protocol):
         """Give the claim back, with `attempts` as the number counted so far. False: ownership was lost before.
 
         A handler that raised: the claim's attempt. One that never started: the claim's attempt - 1.
+        """
+        ...
+
+    def abandon(self, hold: Hold, /, *, attempts: int, retention: float) -> bool:
+        """End the lease now, without saying that nothing was done: IN_PROGRESS, lapsed, `attempts` counted.
+
+        For a holder that died in the middle, as its parent saw, or that cannot tell: the next claim takes over, and
+        is told so (`taken_over`). False: ownership was lost before, or the record is completed.
         """
         ...
 
@@ -101,4 +111,28 @@ class PurgeStore(Protocol):
 
     def purge(self, *, limit: int = 1000) -> int:
         """Delete at most `limit` records whose retention is over; returns how many. Call until it returns 0."""
+        ...
+
+
+@runtime_checkable
+class QuarantineStore(Protocol):
+    """A store that can keep an abandoned record for a person: what `on_abandoned="quarantine"` needs."""
+
+    def quarantine(self, hold: Hold, /, *, note: bytes) -> bool:
+        """Make a held record QUARANTINED, kept until it is resolved, with a note for the person.
+
+        False: ownership was lost before.
+        """
+        ...
+
+    def quarantined(self, *, limit: int = 100, after: bytes = b"") -> list[Record]:
+        """Quarantined records in the order of their keys, those behind the key `after`; `result` is the note."""
+        ...
+
+    def resolve(self, key: bytes, /, *, completed: bool, retention: float) -> bool:
+        """A person has decided. True if the record was quarantined and now is not.
+
+        completed: the effect is there: COMPLETED, without a result, for `retention` seconds. Else it is not: RELEASED,
+        with no attempts counted, so that the message runs when it is redriven. The token and redrive number stay.
+        """
         ...

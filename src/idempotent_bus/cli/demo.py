@@ -1,4 +1,4 @@
-"""The command `idempotent-bus`."""
+"""`idempotent-bus demo`: see it survive."""
 
 from __future__ import annotations
 
@@ -7,22 +7,13 @@ import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
-try:
-    import click
-    from rich.console import Console
-except ImportError:  # the library itself needs neither
-    sys.exit("idempotent-bus: the command line needs two more packages: pip install 'idempotent-bus[cli]'")
+import click
+from rich.console import Console
 
-__all__ = ["main"]
+__all__ = ["COMMANDS"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="idempotent-bus")
-def main() -> None:
-    """In a system that must not lose messages, nothing is ever done twice."""
-
-
-@main.command()
+@click.command()
 @click.option("--mode", default="naive,store,inbox", show_default=True, help="Which runs, separated by commas.")
 @click.option("--broker", default="sqlite", show_default=True, help="A kombu URL, or sqlite: the embedded broker.")
 @click.option("--store", default=None, help="A store URL (sqlite:, redis:, postgresql: ...); embedded if not given.")
@@ -50,10 +41,10 @@ def demo(
     executions that were killed between effect and completion, or if the unprotected run shows no damage.
     """
     try:
-        from .demo import input as rows_of
-        from .demo import show
-        from .demo.settings import Mode
-        from .demo.story import prepare
+        from ..demo import input as rows_of
+        from ..demo import show
+        from ..demo.settings import Mode
+        from ..demo.story import prepare
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("idempotent_bus"):
             raise
@@ -96,35 +87,9 @@ def demo(
         sys.exit(1)
 
 
-@main.command()
-@click.option("--broker", required=True, help="A URL of one of our schemes, such as idempotent-redis://localhost/0.")
-@click.option("--queue", "queues", multiple=True, help="Only this queue; may be given several times.")
-@click.option("--dead", is_flag=True, help="The transport's dead messages too.")
-@click.option("--force", is_flag=True, help="Also what live consumers hold. Stop them first.")
-def restore(broker: str, queues: tuple[str, ...], dead: bool, force: bool) -> None:
-    """Move all that our transport holds back to plain queues, so that plain kombu reads it.
-
-    Run it to take the library out: stop the consumers, restore, and start them with kombu's own URL.
-    """
-    from kombu import Connection
-
-    from . import ConfigurationError, leaving
-
-    try:
-        with Connection(broker) as connection:
-            moved = leaving.restore(connection, queues=queues, dead=dead, force=force)
-    except (ConfigurationError, KeyError) as error:
-        raise click.BadParameter(str(error).strip("\"'"), param_hint="--broker") from error
-    left = moved.pop("left")
-    click.echo("moved back: " + ", ".join(f"{number} {kind}" for kind, number in moved.items()))
-    if left:
-        click.echo(f"left with live consumers: {left} (stop them and run this again)")
-
-
 def _kind(url: str) -> str:
     """What to call a URL on the screen: its scheme, never its password."""
     return urlsplit(url).scheme or url
 
 
-if __name__ == "__main__":
-    main()
+COMMANDS = (demo,)
