@@ -23,7 +23,7 @@ class State(enum.IntEnum):
     RELEASED = 4
     """Given back; the next claim may run. Its attempts stay counted."""
     QUARANTINED = 5
-    """Abandoned in the middle of its handler, so that nobody knows of its effect: nothing runs until a person decides."""
+    """Abandoned in the middle of its handler, so its effect is not known: nothing runs until a person decides."""
 
 
 @dataclass(frozen=True, slots=True)

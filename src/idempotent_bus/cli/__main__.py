@@ -1,3 +1,5 @@
+"""`python -m idempotent_bus.cli`."""
+
 from . import main
 
 if __name__ == "__main__":
