@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .abandoned import AbandonedRecord
 from .consumer import IdempotentConsumer, IdempotentHandler, idempotent_consumer
 from .errors import (
     ConfigurationError,
@@ -13,6 +14,7 @@ from .errors import (
     InvalidBody,
     InvalidMessage,
     InvalidScope,
+    LeaseLost,
     NoExecution,
     Permanent,
     PublishError,
@@ -20,26 +22,35 @@ from .errors import (
     Rejected,
     StoreError,
     StoreUnavailable,
+    Transient,
     Unroutable,
+    Untrusted,
 )
-from .execution import Ended, Execution, current_execution
+from .events import Event, EventKind, Listener
+from .execution import Execution, current_execution
 from .identity import INNER_MSG_ID
 from .model import Edge, Landing, Reason, Receipt
 from .policy import Backoff
 from .producer import IdempotentProducer, PublishManyError, ResendPolicy, idempotent_producer
+from .signing import Signer, Trust
 from .store import Store
 from .stores import open_store
 from .transports import register as _register
+from .work import Ended, Ending
 
 if TYPE_CHECKING:
     from .inbox import Inbox, transactional_consumer
 
 __all__ = [
     "INNER_MSG_ID",
+    "AbandonedRecord",
     "Backoff",
     "ConfigurationError",
     "Edge",
     "Ended",
+    "Ending",
+    "Event",
+    "EventKind",
     "Execution",
     "HandlerAcknowledged",
     "IdempotentBusError",
@@ -52,6 +63,8 @@ __all__ = [
     "InvalidMessage",
     "InvalidScope",
     "Landing",
+    "LeaseLost",
+    "Listener",
     "NoExecution",
     "Permanent",
     "PublishError",
@@ -61,10 +74,14 @@ __all__ = [
     "Receipt",
     "Rejected",
     "ResendPolicy",
+    "Signer",
     "Store",
     "StoreError",
     "StoreUnavailable",
+    "Transient",
+    "Trust",
     "Unroutable",
+    "Untrusted",
     "current_execution",
     "idempotent_consumer",
     "idempotent_producer",

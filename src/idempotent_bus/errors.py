@@ -93,6 +93,8 @@ class Transient(IdempotentBusError):
 
     def __init__(self, text: str = "", *, retry_after: float | None = None) -> None:
         super().__init__(text)
+        if retry_after is not None and not 0 <= retry_after < float("inf"):
+            raise ValueError("retry_after must be a number of seconds, at least 0 and finite")
         self.retry_after = retry_after
 
 

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Generic, Protocol
 
 from kombu.message import Message
 from typing_extensions import ParamSpec, TypeVar
 
-from .errors import ConfigurationError, InvalidBizId, InvalidMessage, Permanent, PublishError
-from .execution import Ending, Executor, Settlement, Work
+from .abandoned import OnAbandoned
+from .errors import (
+    ConfigurationError,
+    InvalidBizId,
+    InvalidBody,
+    InvalidMessage,
+    Permanent,
+    PublishError,
+    Untrusted,
+)
+from .events import Listener, notifier
+from .executor import Executor
 from .headers import INNER_MSG_ID as INNER_MSG_ID_HEADER
-from .headers import REDRIVE
+from .headers import DEAD_AT, REDRIVE
 from .hooks import Step, direct
 from .identity import (
     INNER_MSG_ID,
@@ -25,14 +35,19 @@ from .identity import (
     FingerprintSpec,
     canonical_biz_id,
     check_scope,
+    check_tenant,
     extract_biz_id,
     fingerprint,
     record_key,
 )
 from .model import Reason
+from .msgid import published_at_of
 from .policy import DAY, Backoff, Policy
+from .results import MAX_RESULT_BYTES
 from .settlement import MessageSettlement, came_back, forbid_acks, was_fetched_without_ack
+from .signing import Trust
 from .stores import StoreSource, store_source
+from .work import Ending, Settlement, Work
 
 __all__ = ["IdempotentHandler", "WorkExecutor", "idempotent_consumer"]
 
@@ -46,8 +61,12 @@ HandlerR = TypeVar("HandlerR")
 _MOST_REDRIVES: Final = 2**31 - 1
 
 
+#: The longest body that is looked at unless the consumer says otherwise, in bytes.
+MAX_BODY: Final = 16 * 2**20
+
+
 class WorkExecutor(Protocol):
-    """What runs the work: `execution.Executor` with a dedup store, or the inbox's with a transaction."""
+    """What runs the work: `executor.Executor` with a dedup store, or the inbox's with a transaction."""
 
     policy: Policy
 
@@ -57,6 +76,10 @@ class WorkExecutor(Protocol):
 
     def handle_window(self, works: Sequence[Work]) -> list[Ending]:
         """Handle and settle several; an error that comes out while they are gone through ends it."""
+        ...
+
+    def refuse(self, scope: str, settle: Settlement, reason: Reason, error: str) -> Ending:
+        """Dead-letter a message that has no usable identity."""
         ...
 
 
@@ -83,6 +106,9 @@ class IdempotentHandler(Generic[P, R]):
         biz_id: BizIdSpec,
         fingerprint: FingerprintSpec,
         dead_letter: str | None,
+        tenant: str = "",
+        trust: Trust | None = None,
+        max_body: int | None = MAX_BODY,
     ) -> None:
         if not (isinstance(biz_id, str) and biz_id) and not callable(biz_id) and biz_id is not INNER_MSG_ID:
             raise ConfigurationError(
@@ -92,6 +118,10 @@ class IdempotentHandler(Generic[P, R]):
             raise ConfigurationError("fingerprint must be True, False, or names of fields of the body")
         if dead_letter is not None and not (isinstance(dead_letter, str) and dead_letter):
             raise ConfigurationError("dead_letter must be the name of a queue")
+        if trust is not None and not isinstance(trust, Trust):
+            raise ConfigurationError("trust must be a Trust, made with the producers' keys")
+        if max_body is not None and (type(max_body) is not int or max_body < 1):
+            raise ConfigurationError("max_body must be a number of bytes, or None for no limit")
         _check_plain(handler)
         functools.update_wrapper(self, handler)
         self.scope = check_scope(scope)
@@ -100,6 +130,9 @@ class IdempotentHandler(Generic[P, R]):
         self._handler = handler
         self._biz_id = biz_id
         self._fingerprint = fingerprint
+        self._tenant = check_tenant(tenant)
+        self._trust = trust
+        self._max_body = max_body
 
     def __get__(self, instance: Any, owner: type | None = None) -> IdempotentHandler[P, R]:
         # As the plain handler would be bound: a function to the instance, a classmethod to its class.
@@ -114,6 +147,9 @@ class IdempotentHandler(Generic[P, R]):
             biz_id=self._biz_id,
             fingerprint=self._fingerprint,
             dead_letter=self.dead_letter,
+            tenant=self._tenant,
+            trust=self._trust,
+            max_body=self._max_body,
         )
         handler.__wrapped__ = getattr(bound, "__func__", bound)
         return handler
@@ -143,12 +179,42 @@ class IdempotentHandler(Generic[P, R]):
         """How this message will be answered. queue: where it came from, if the caller knows."""
         return MessageSettlement(message, queue=queue, scope=self.scope, dead_letter=self.dead_letter, park=park)
 
-    def refuse_undecodable(self, error: Exception, settle: Settlement) -> None:
+    def refuse_undecodable(self, error: Exception, settle: Settlement) -> Ending:
         """Move a message whose body cannot be decoded to the dead letter."""
-        settle.dead_letter(Reason.INVALID, f"cannot be decoded: {type(error).__name__}", 0)
+        return self.executor.refuse(self.scope, settle, Reason.INVALID, f"cannot be decoded: {type(error).__name__}")
+
+    def receive(self, message: Message, settle: Settlement) -> Work | None:
+        """A message as it arrived, as work for the core; None if it was refused, and is in the dead letter.
+
+        What is too large or from nobody that is trusted is not even decoded.
+        """
+        try:
+            self._check_size(message)
+            if message.errors:
+                self.refuse_undecodable(message.errors[0][1], settle)
+                return None
+            producer = self._producer_of(message)
+        except InvalidMessage as error:
+            self._refuse(error, settle)
+            return None
+        try:
+            body = message.decode()
+        except Exception as error:  # noqa: BLE001 - a body that cannot be decoded must neither be lost nor end the consumer
+            self.refuse_undecodable(error, settle)
+            return None
+        return self._work(body, message, settle, producer)
 
     def work(self, body: Any, message: Message, settle: Settlement) -> Work | None:
-        """The message as work for the core; None if it was refused, and is in the dead letter."""
+        """The same for a message whose body was decoded before."""
+        try:
+            self._check_size(message)
+            producer = self._producer_of(message)
+        except InvalidMessage as error:
+            self._refuse(error, settle)
+            return None
+        return self._work(body, message, settle, producer)
+
+    def _work(self, body: Any, message: Message, settle: Settlement, producer: str) -> Work | None:
         headers = message.headers
         inner_msg_id = headers.get(INNER_MSG_ID_HEADER)
         redrive = headers.get(REDRIVE, 0)
@@ -163,19 +229,41 @@ class IdempotentHandler(Generic[P, R]):
             if type(redrive) is not int or not 0 <= redrive <= _MOST_REDRIVES:
                 raise InvalidMessage(f"the header {REDRIVE!r} is not a number of redrives")
         except InvalidMessage as error:
-            settle.dead_letter(Reason.INVALID, str(error), 0)
+            self._refuse(error, settle)
             return None
         return Work(
             scope=self.scope,
             biz_id=biz_id,
-            key=record_key(self.scope, biz_id),
+            key=record_key(self.scope, biz_id, tenant=self._tenant, producer=producer),
             run=functools.partial(self._run, body, message),
             settle=settle,
             fingerprint=digest,
             inner_msg_id=inner_msg_id if isinstance(inner_msg_id, str) else None,
             redelivered=came_back(message),
             redrive=redrive,
+            published_at=_in_the_bus_since(message, redrive),
         )
+
+    def _check_size(self, message: Message) -> None:
+        limit, body = self._max_body, message.body
+        if limit is None or not isinstance(body, (bytes, bytearray, str)):
+            return
+        size = len(body)
+        if isinstance(body, str) and size <= limit < 4 * size:  # py-amqp decodes what it can
+            size = len(body.encode(errors="surrogatepass"))
+        if size > limit:
+            raise InvalidBody(f"the body is too large: {size} bytes, and max_body is {limit}")
+
+    def _refuse(self, error: InvalidMessage, settle: Settlement) -> None:
+        reason = Reason.UNTRUSTED if isinstance(error, Untrusted) else Reason.INVALID
+        self.executor.refuse(self.scope, settle, reason, str(error))
+
+    def _producer_of(self, message: Message) -> str:
+        """Whose records the message belongs to: a trusted producer's, or everybody's. Raises Untrusted."""
+        if self._trust is None:
+            return ""
+        producer = self._trust.verify(message.headers, message.body, message.content_type, message.content_encoding)
+        return producer if self._trust.separate else ""
 
     def _run(self, body: Any, message: Message, *more: Any) -> R:
         forbid_acks(message)
@@ -203,6 +291,15 @@ class IdempotentHandler(Generic[P, R]):
         except PublishError as error:
             raise ConfigurationError(f"{self.scope}: {why}. This message could not be saved: {error}") from error
         raise ConfigurationError(f"{self.scope}: {why}. This message was moved to {self.dead_letter}.")
+
+
+def _in_the_bus_since(message: Message, redrive: int) -> float | None:
+    """When the message was published, or moved out of the dead letter; see `Work.published_at`."""
+    published = published_at_of(message.headers.get(INNER_MSG_ID_HEADER), message.properties.get("timestamp"))
+    moved = message.headers.get(DEAD_AT)
+    if redrive and published is not None and isinstance(moved, (int, float)):
+        return max(published, moved)
+    return published
 
 
 def _check_plain(handler: Any) -> None:
@@ -236,6 +333,13 @@ def idempotent_consumer(
     permanent: tuple[type[BaseException], ...] = (),
     busy_delay: float = 1.0,
     dead_letter: str | None = None,
+    backoffs: Mapping[type[BaseException], Backoff] | None = None,
+    on_abandoned: OnAbandoned = "rerun",
+    max_result: int = MAX_RESULT_BYTES,
+    listener: Listener | None = None,
+    tenant: str = "",
+    trust: Trust | None = None,
+    max_body: int | None = MAX_BODY,
     step: Step = direct,
 ) -> Callable[[Callable[HandlerP, HandlerR]], IdempotentHandler[HandlerP, HandlerR]]:
     """Run the handler once for each business id, and ack after it succeeded.
@@ -245,9 +349,17 @@ def idempotent_consumer(
     biz_id: where the id is: a path into the body ("payment_id", "order.id"), a function of the body, or INNER_MSG_ID.
     fingerprint: True compares the whole body of a copy with the first, names compare those fields, False nothing;
         the same biz-id with another fingerprint is a conflict and goes to the dead letter.
-    manual: returning is not success; the handler calls `current_execution().complete(result)`.
-    lease, retention, max_attempts, backoff, permanent, busy_delay: see `Policy`; durations in seconds.
+    manual: returning is not success; `current_execution().complete(result)`, or `fail(reason)`, is called by the
+        handler or, later, by another thread that it gave the execution to. Until then its lease is renewed.
+    lease, retention, max_attempts, backoff, backoffs, permanent, busy_delay: see `Policy`; durations in seconds.
+    on_abandoned: when a worker died in the middle of the handler: "rerun", "quarantine", or a probe; `abandoned.py`.
+    max_result: a result whose JSON has more bytes is not stored, and its duplicates get None.
+    listener: is told what happens, see `events.py`.
     dead_letter: the name of a queue; `<scope>.dead` if not given. One that exists is taken as it is.
+    tenant: whose records these are, where several customers share a scope and a store: each has its own. It comes from
+        the configuration only, never from a message.
+    trust: runs only what a producer of this list has signed; the rest goes to the dead letter, see `Trust`.
+    max_body: bytes; a longer body goes to the dead letter, and `IdempotentConsumer` does not decode it. None: no limit.
     step: performs the named outside steps, for fault injection.
 
     Raises InvalidScope or ConfigurationError at once if something cannot be right.
@@ -259,12 +371,24 @@ def idempotent_consumer(
         backoff=backoff,
         busy_delay=busy_delay,
         permanent=permanent,
+        backoffs=backoffs or {},
+        on_abandoned=on_abandoned,
     )
-    executor = Executor(store_source(store), policy, manual=manual, step=step)
+    executor = Executor(
+        store_source(store), policy, manual=manual, notify=notifier(listener), max_result=max_result, step=step
+    )
 
     def decorate(handler: Callable[HandlerP, HandlerR]) -> IdempotentHandler[HandlerP, HandlerR]:
         return IdempotentHandler(
-            handler, executor, scope=scope, biz_id=biz_id, fingerprint=fingerprint, dead_letter=dead_letter
+            handler,
+            executor,
+            scope=scope,
+            biz_id=biz_id,
+            fingerprint=fingerprint,
+            dead_letter=dead_letter,
+            tenant=tenant,
+            trust=trust,
+            max_body=max_body,
         )
 
     return decorate

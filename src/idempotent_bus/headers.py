@@ -27,6 +27,8 @@ DEAD_AT: Final = "idempotent-bus-dead-at"
 ORIGIN_QUEUE: Final = "idempotent-bus-origin-queue"
 #: The record that the message belongs to, in hex: tells a redrive whether it has been completed meanwhile.
 DEAD_RECORD: Final = "idempotent-bus-dead-record"
+#: The fingerprint of the dead message, in hex: the record may have been completed with another body.
+DEAD_FINGERPRINT: Final = "idempotent-bus-dead-fingerprint"
 
 #: The producer that signed the message, and its signature: see `signing.py`.
 PRODUCER: Final = "idempotent-bus-producer"

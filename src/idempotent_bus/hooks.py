@@ -23,7 +23,15 @@ DEAD_LETTER: Final = "dead_letter"
 WAIT: Final = "wait"
 ACK: Final = "ack"
 COMMIT: Final = "commit"
-STEPS: Final = (PUBLISH, CLAIM, HANDLER, RENEW, COMPLETE, RELEASE, DEAD_LETTER, WAIT, ACK, COMMIT)
+#: What becomes of a record whose holder died in the middle.
+ABANDON: Final = "abandon"
+PROBE: Final = "probe"
+QUARANTINE: Final = "quarantine"
+#: The relay's: rows are claimed, then sent and confirmed (PUBLISH is each send within it), then marked as sent.
+READ: Final = "read"
+CONFIRM: Final = "confirm"
+MARK: Final = "mark"
+STEPS: Final = (PUBLISH, CLAIM, HANDLER, RENEW, COMPLETE, RELEASE, DEAD_LETTER, WAIT, ACK, COMMIT, READ, CONFIRM, MARK)
 
 
 class Step(Protocol):

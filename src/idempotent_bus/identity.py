@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, Final
 
-from .errors import InvalidBizId, InvalidBody, InvalidScope
+from .errors import ConfigurationError, InvalidBizId, InvalidBody, InvalidScope
 from .model import FINGERPRINT_BYTES, KEY_BYTES
 
-__all__ = ["INNER_MSG_ID", "BizIdSpec", "FingerprintSpec", "canonical_biz_id", "check_scope", "extract_biz_id"]
-__all__ += ["fingerprint", "record_key"]
+__all__ = ["INNER_MSG_ID", "BizIdSpec", "FingerprintSpec", "canonical_biz_id", "check_name", "check_scope"]
+__all__ += ["check_tenant", "extract_biz_id", "fingerprint", "record_key"]
 
 MAX_BIZ_ID_BYTES: Final = 512
 MAX_SCOPE_BYTES: Final = 200
@@ -49,10 +49,23 @@ def check_scope(scope: object) -> str:
     """The scope, if it can be one. Raises InvalidScope."""
     if not isinstance(scope, str) or not scope:
         raise InvalidScope("scope must be a non-empty text that names the business scenario, such as 'cards.issue'")
-    encoded = _utf8(scope)
-    if encoded is None or len(encoded) > MAX_SCOPE_BYTES or _has_control(scope):
+    if not _is_name(scope):
         raise InvalidScope(f"scope must be at most {MAX_SCOPE_BYTES} bytes of UTF-8 without control characters")
     return scope
+
+
+def check_tenant(tenant: object) -> str:
+    """The tenant, if it can be one: as a scope, or empty for none. Raises ConfigurationError."""
+    return "" if tenant == "" else check_name(tenant, "tenant")
+
+
+def check_name(name: object, what: str) -> str:
+    """A name of the configuration that goes into keys, if it can be one: as a scope. Raises ConfigurationError."""
+    if not isinstance(name, str) or not _is_name(name):
+        raise ConfigurationError(
+            f"{what} must be a non-empty text of at most {MAX_SCOPE_BYTES} bytes of UTF-8 without control characters"
+        )
+    return name
 
 
 def canonical_biz_id(value: object) -> str:
@@ -107,14 +120,16 @@ def extract_biz_id(spec: str | Callable[[Any], Any], body: Any) -> str:
     return canonical_biz_id(value)
 
 
-def record_key(scope: str, biz_id: str, *, tenant: str = "") -> bytes:
+def record_key(scope: str, biz_id: str, *, tenant: str = "", producer: str = "") -> bytes:
     """The key of a record: KEY_BYTES bytes, the same in every version of the library that reads this encoding.
 
+    tenant: of the consumer's configuration. producer: of a verified signature, where each producer's ids are its own.
     Each part is preceded by its length, which makes the encoding injective; the hash fixes the length, so that no
     database's collation, padding or key limit can merge two identities.
     """
     digest = blake2b(digest_size=KEY_BYTES, person=_KEY_VERSION)
-    for part in (tenant, scope, biz_id):
+    # Without a producer the encoding ends a part earlier: since each part tells its length, no two are the same.
+    for part in (tenant, scope, biz_id, producer) if producer else (tenant, scope, biz_id):
         encoded = part.encode()
         digest.update(len(encoded).to_bytes(4, "big"))
         digest.update(encoded)
@@ -168,6 +183,11 @@ def _plain(value: Any) -> Any:
 
 
 _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain).encode
+
+
+def _is_name(text: str) -> bool:
+    encoded = _utf8(text)
+    return encoded is not None and 0 < len(encoded) <= MAX_SCOPE_BYTES and not _has_control(text)
 
 
 def _utf8(text: str) -> bytes | None:

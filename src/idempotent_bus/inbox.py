@@ -25,12 +25,14 @@ from sqlalchemy.dialects import postgresql, sqlite
 from . import schema
 from .dialects import NOW_US, is_contention
 from .errors import ConfigurationError, HandlerAcknowledged, Permanent
-from .execution import Ended, Ending, Work, decode_result, encode_result, last_line
-from .handler import HandlerP, HandlerR, IdempotentHandler
+from .handler import MAX_BODY, HandlerP, HandlerR, IdempotentHandler
 from .hooks import ACK, CLAIM, COMMIT, DEAD_LETTER, HANDLER, RELEASE, WAIT, Step, direct
 from .identity import BizIdSpec, FingerprintSpec
 from .model import Reason
 from .policy import DAY, Backoff, Policy
+from .results import decode_result, encode_result, last_line
+from .signing import Trust
+from .work import Ended, Ending, Settlement, Work
 
 __all__ = ["Inbox", "transactional_consumer"]
 
@@ -254,6 +256,11 @@ class _Transactions:
         """One transaction for each."""
         return [self.handle(work) for work in works]
 
+    def refuse(self, scope: str, settle: Settlement, reason: Reason, error: str) -> Ending:
+        """Dead-letter a message that has no usable identity, and therefore no record."""
+        moved = self._step(DEAD_LETTER, settle.dead_letter, reason, error, 0)
+        return Ending(Ended.DEAD if moved else Ended.HELD)
+
     def _decide(self, work: Work) -> Callable[[], Ending]:
         """What to answer the broker. Raises SQLAlchemyError if the database does not tell."""
         counted = 0
@@ -335,8 +342,8 @@ class _Transactions:
         return Ending(how, value)
 
     def _bury(self, work: Work, reason: Reason, error: str, attempts: int) -> Ending:
-        self._step(DEAD_LETTER, work.settle.dead_letter, reason, error, attempts)
-        return Ending(Ended.DEAD)
+        moved = self._step(DEAD_LETTER, work.settle.dead_letter, reason, error, attempts)
+        return Ending(Ended.DEAD if moved else Ended.HELD)
 
     def _wait(self, work: Work, how: Ended) -> Ending:
         return self._wait_for(work, how, self.policy.busy_delay * (1 + self._draw() / 2))
@@ -408,6 +415,9 @@ def transactional_consumer(
     permanent: tuple[type[BaseException], ...] = (),
     busy_delay: float = 1.0,
     dead_letter: str | None = None,
+    tenant: str = "",
+    trust: Trust | None = None,
+    max_body: int | None = MAX_BODY,
     step: Step = direct,
 ) -> Callable[[Callable[HandlerP, HandlerR]], IdempotentHandler[HandlerP, HandlerR]]:
     """Run the handler once for each business id, in one transaction with the record; ack after the commit.
@@ -427,7 +437,15 @@ def transactional_consumer(
 
     def decorate(handler: Callable[HandlerP, HandlerR]) -> IdempotentHandler[HandlerP, HandlerR]:
         return IdempotentHandler(
-            handler, executor, scope=scope, biz_id=biz_id, fingerprint=fingerprint, dead_letter=dead_letter
+            handler,
+            executor,
+            scope=scope,
+            biz_id=biz_id,
+            fingerprint=fingerprint,
+            dead_letter=dead_letter,
+            tenant=tenant,
+            trust=trust,
+            max_body=max_body,
         )
 
     return decorate

@@ -1,4 +1,4 @@
-"""Renewal of the leases of all running handlers, by one background thread per executor and process.
+"""Renewal of the leases of all running handlers, by one background thread for each store and process.
 
 The thread sleeps until the next renewal is due, so a short handler costs one entry in a dict and no switch of
 threads. `tick` does one round; a test calls it with a clock of its own, without the thread.
@@ -12,13 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
-from weakref import WeakSet
+from weakref import WeakSet, WeakValueDictionary
 
 from .hooks import RENEW, Step, direct
 from .model import Hold
 from .store import BatchStore, Store
 
-__all__ = ["LeaseKeeper", "Renewable"]
+__all__ = ["LeaseKeeper", "Renewable", "keeper_for"]
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ class Renewable(Protocol):
     retention: float
     renewed_at: float
 
-    def on_lease_lost(self) -> None:
-        """Called once when the store says that somebody else owns the record now."""
+    def on_lease_lost(self, *, taken: bool) -> None:
+        """Called when the store says that somebody else owns the record (taken), or when renewals stall too long."""
         ...
 
 
@@ -95,10 +95,11 @@ class LeaseKeeper:
                 if still_ours:
                     execution.renewed_at = now
                 elif still_ours is None:
-                    # Not known: the lease still runs, and the next round asks again. If it lapses, the token decides.
-                    continue
+                    # Not known: the next round asks again. If it lapses, the token decides; the handler is told.
+                    if self._clock() - execution.renewed_at >= lease:
+                        execution.on_lease_lost(taken=False)
                 elif self._running.pop(execution.hold, None) is not None:
-                    execution.on_lease_lost()
+                    execution.on_lease_lost(taken=True)
 
     def _renew(self, holds: list[Hold], lease: float, retention: float) -> Sequence[bool | None]:
         try:
@@ -128,12 +129,28 @@ class LeaseKeeper:
                     log.exception("a round of lease renewals failed")
 
 
+_shared: WeakValueDictionary[int, LeaseKeeper] = WeakValueDictionary()
+_sharing = threading.Lock()
+
+
+def keeper_for(store: Callable[[], Store]) -> LeaseKeeper:
+    """The keeper that all executors on this store share, so that their leases are renewed together."""
+    with _sharing:
+        # By its id: a keeper keeps its store's function alive, so an id that is found here is still that function's.
+        keeper = _shared.get(id(store))
+        if keeper is None:
+            keeper = _shared[id(store)] = LeaseKeeper(store)
+        return keeper
+
+
 #: All keepers of this process. A forked child has their objects, but not their thread, and none of what they renew
 #: runs in it. They are emptied in the fork itself: later, two threads of the child could get into each other's way.
 _keepers: WeakSet[LeaseKeeper] = WeakSet()
 
 
 def _empty_all() -> None:
+    global _sharing
+    _sharing = threading.Lock()
     for keeper in list(_keepers):
         keeper._reset()
 

@@ -11,14 +11,19 @@ import os
 import re
 import threading
 import time
+from hashlib import blake2b
 from typing import Final
 
-__all__ = ["is_inner_msg_id", "new_inner_msg_id", "published_at"]
+__all__ = ["derived_inner_msg_id", "is_inner_msg_id", "new_inner_msg_id", "published_at", "published_at_of"]
 
 _COUNTER_BITS: Final = 42
 _COUNTER_LIMIT: Final = 1 << _COUNTER_BITS
 _VERSION_7: Final = 0x7 << 76
+_VERSION_8: Final = 0x8 << 76
+#: Part of every derived id: a change of what it is made of changes it.
+_DERIVED: Final = b"idempotent-bus/d"
 _VARIANT: Final = 0b10 << 62
+_YEAR_10000: Final = 253_402_300_800
 
 # Version 8 is for ids that are derived from what caused a message, so that a rerun makes the same id again.
 _FORM: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[78][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
@@ -55,6 +60,19 @@ def new_inner_msg_id() -> str:
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
+def derived_inner_msg_id(key: bytes, name: str) -> str:
+    """The id of what is published under `name` by the execution whose record has `key`: the same on every run.
+
+    Injective but for the hash: the key is preceded by its length, and the name is all that follows it.
+    """
+    encoded = name.encode("utf-8", "surrogatepass")
+    source = len(key).to_bytes(4, "big") + key + encoded
+    digest = int.from_bytes(blake2b(source, digest_size=16, person=_DERIVED).digest(), "big")
+    number = digest & ~(0xF << 76 | 0b11 << 62) | _VERSION_8 | _VARIANT
+    text = f"{number:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
 def is_inner_msg_id(value: object) -> bool:
     """True for an id of our own form: a UUID of version 7 (fresh) or 8 (derived), in lower case."""
     return isinstance(value, str) and _FORM.fullmatch(value) is not None
@@ -68,6 +86,20 @@ def published_at(inner_msg_id: object) -> float | None:
     if not isinstance(inner_msg_id, str) or inner_msg_id[14:15] != "7" or not is_inner_msg_id(inner_msg_id):
         return None
     return int(inner_msg_id[:8] + inner_msg_id[9:13], 16) / 1000
+
+
+def published_at_of(inner_msg_id: object, timestamp: object) -> float | None:
+    """When a message was published, seconds since the epoch by its sender's clock: as its id says, or its timestamp.
+
+    timestamp: the message property of that name, whatever it is; a derived id tells no time, so a producer sets it.
+    None: neither tells, or the timestamp is no time after 1970 and before the year 10000.
+    """
+    made = published_at(inner_msg_id)
+    if made is not None:
+        return made
+    if isinstance(timestamp, (int, float)) and not isinstance(timestamp, bool) and 0 < timestamp < _YEAR_10000:
+        return float(timestamp)
+    return None
 
 
 def _start(noise: int) -> int:

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 import servers
 from consumer_rig import Log, poll
 from idempotent_bus import Backoff, ConfigurationError, Ended, Inbox, Permanent
-from idempotent_bus.execution import Ending, Work
+from idempotent_bus.work import Ending, Work
 from idempotent_bus.hooks import COMMIT
 from idempotent_bus.identity import fingerprint, record_key
 from idempotent_bus.inbox import _Transactions
@@ -265,7 +265,7 @@ import json, sys, time
 from collections import Counter
 sys.path[:0] = {path!r}
 from test_inbox import Bench
-from idempotent_bus.execution import Ended
+from idempotent_bus.work import Ended
 bench = Bench({url!r}, {unique!r})
 made = bench.transactions()
 while time.time() < {start}: time.sleep(0.001)

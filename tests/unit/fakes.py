@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from idempotent_bus.errors import StoreUnavailable
-from idempotent_bus.execution import Ending, Executor, Work
-from idempotent_bus.hooks import CLAIM, COMPLETE, RELEASE, RENEW
+from idempotent_bus.executor import Executor
+from idempotent_bus.hooks import ABANDON, CLAIM, COMPLETE, QUARANTINE, RELEASE, RENEW
 from idempotent_bus.identity import record_key
 from idempotent_bus.lease import LeaseKeeper
 from idempotent_bus.model import Hold, Reason, Record
@@ -16,9 +16,10 @@ from idempotent_bus.policy import Backoff, Policy
 from idempotent_bus.store import Store
 from idempotent_bus.stores.memory import MemoryStore
 from idempotent_bus.testing import ManualClock
+from idempotent_bus.work import Ending, Work
 
 SCOPE = "cards.issue"
-STORE_STEPS = (CLAIM, RENEW, COMPLETE, RELEASE)
+STORE_STEPS = (CLAIM, RENEW, COMPLETE, RELEASE, ABANDON, QUARANTINE)
 
 #: What a script does at a step, given the call that the step would make.
 Action = Callable[[Callable[[], Any]], Any]
@@ -72,10 +73,11 @@ class Steps:
 
 @dataclass
 class Delivery:
-    """A settlement that remembers how it was answered. check: called before each answer."""
+    """A settlement that remembers how it was answered. check: called before each answer. moves: to the dead letter."""
 
     answers: list[tuple[Any, ...]] = field(default_factory=list)
     check: Callable[[], None] = lambda: None
+    moves: bool = True
 
     def ack(self) -> None:
         self._answer("ack")
@@ -83,8 +85,9 @@ class Delivery:
     def wait(self, delay: float) -> None:
         self._answer("wait", delay)
 
-    def dead_letter(self, reason: Reason, error: str, attempts: int) -> None:
+    def dead_letter(self, reason: Reason, error: str, attempts: int) -> bool:
         self._answer("dead", reason, error, attempts)
+        return self.moves
 
     def _answer(self, *answer: Any) -> None:
         self.check()
@@ -102,6 +105,7 @@ class SingleStore:
 
     def __init__(self, store: Store) -> None:
         self.claim, self.renew, self.complete, self.release = store.claim, store.renew, store.complete, store.release
+        self.abandon = store.abandon
         self.close = store.close
 
 
@@ -123,6 +127,7 @@ class Bench:
             self.policy,
             keeper=self.keeper,
             clock=self.clock,
+            wall=self.clock,
             sleep=self.clock.sleep,
             draw=lambda: self.draw,
             step=self.steps,

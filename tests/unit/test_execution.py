@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from fakes import SCOPE, Bench, Delivery, Killed, SingleStore, Steps, answers, hows
 
-from idempotent_bus.errors import HandlerAcknowledged, NoExecution, Permanent, StoreUnavailable
-from idempotent_bus.execution import MAX_RESULT_BYTES, Ended, Execution, Work, current_execution
-from idempotent_bus.hooks import ACK, CLAIM, COMPLETE, DEAD_LETTER, HANDLER, RELEASE, RENEW, WAIT
+from idempotent_bus.errors import HandlerAcknowledged, LeaseLost, NoExecution, Permanent, StoreUnavailable
+from idempotent_bus.execution import LeasedExecution, current_execution
+from idempotent_bus.hooks import ABANDON, ACK, CLAIM, COMPLETE, DEAD_LETTER, HANDLER, RELEASE, RENEW, WAIT
 from idempotent_bus.identity import record_key
 from idempotent_bus.model import Reason, State
+from idempotent_bus.results import MAX_RESULT_BYTES
+from idempotent_bus.work import Ended, Work
 
 SECRET = "biz-s3cret-77"
 
@@ -227,7 +229,7 @@ def test_the_dead_letter_comes_before_the_release(bench: Bench) -> None:
     bench.policy = type(bench.policy)(max_attempts=1)
     work.settle.check = lambda: state(bench) is State.IN_PROGRESS or pytest.fail("released too early")  # type: ignore[attr-defined]
     assert bench.executor().handle(work).how is Ended.DEAD
-    assert bench.steps.passed == [CLAIM, HANDLER, DEAD_LETTER, RELEASE]
+    assert bench.steps.passed == [CLAIM, HANDLER, RENEW, DEAD_LETTER, RELEASE]
 
 
 def test_a_redrive_starts_the_attempts_afresh(bench: Bench) -> None:
@@ -295,7 +297,7 @@ def test_an_error_without_a_text_is_an_error_like_any_other(bench: Bench) -> Non
 
 @pytest.mark.parametrize("error", [Killed, KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_the_end_of_the_process_goes_through(bench: Bench, error: type[BaseException]) -> None:
-    """Told to stop in the handler: released with its attempt counted, not settled, and the error goes on."""
+    """Told to stop in the handler: abandoned with its attempt counted, not settled, and the error goes on."""
 
     def handler() -> None:
         raise error
@@ -304,7 +306,8 @@ def test_the_end_of_the_process_goes_through(bench: Bench, error: type[BaseExcep
     with pytest.raises(error):
         executor.handle(work)
     assert answers([work]) == [""]
-    assert (state(bench), attempts(bench)) == (State.RELEASED, 1)
+    assert (state(bench), attempts(bench)) == (State.IN_PROGRESS, 1)
+    assert bench.record().lease_left == 0  # type: ignore[union-attr]
     assert bench.keeper._running == {}
     with pytest.raises(NoExecution):
         current_execution()
@@ -320,8 +323,8 @@ def test_never_more_runs_than_the_bound_whatever_raises(bench: Bench) -> None:
         raise Killed
 
     def dying() -> None:
-        # The process is gone: its release never reaches the store.
-        bench.steps.error(RELEASE)
+        # The process is gone: nothing that it would say now reaches the store.
+        bench.steps.error(ABANDON)
         poison()
 
     for run in (poison, dying):
@@ -388,7 +391,7 @@ def test_a_store_that_cannot_be_opened_is_in_doubt(bench: Bench) -> None:
     def unreachable() -> Any:
         raise StoreUnavailable("scripted")
 
-    executor._store = unreachable
+    executor._claims._open = unreachable
     works = [bench.work(boom, str(n)) for n in range(3)]
     assert executor.handle(works[0]).how is Ended.IN_DOUBT
     assert hows(executor.handle_window(works[1:])) == ["in doubt"] * 2
@@ -577,18 +580,17 @@ def test_a_release_in_doubt_costs_only_time(bench: Bench) -> None:
 
 
 def test_manual_completion_in_the_handler(bench: Bench) -> None:
-    """manual=True: completed and acked by the call, not by the return; the call says so; its result is stored."""
-    executor, said = bench.executor(manual=True), []
+    """manual=True: completed and acked by the call, not by the return; its result is stored."""
+    executor = bench.executor(manual=True)
 
     def handler() -> str:
-        said.append(current_execution().complete({"card": 7}))
+        current_execution().complete({"card": 7})
         assert bench.steps.passed[-2:] == [COMPLETE, ACK]
         return "not the result"
 
     work = bench.work(handler)
     ending = executor.handle(work)
     assert (ending.how, ending.value) == (Ended.COMPLETED, {"card": 7})
-    assert said == [True]
     assert answers([work]) == ["ack"]
     assert executor.handle(bench.work(boom)).value == {"card": 7}
 
@@ -603,7 +605,7 @@ def test_manual_completion_later(bench: Bench) -> None:
         bench.clock.advance(20)
         bench.keeper.tick()
     assert executor.handle(bench.work(boom)).how is Ended.BUSY
-    assert kept[0].complete("late")
+    kept[0].complete("late")
     assert answers([work]) == ["ack"]
     assert executor.handle(bench.work(boom)).value == "late"
 
@@ -649,29 +651,38 @@ def test_completing_after_the_handler_failed_changes_nothing(bench: Bench) -> No
 
     work = bench.work(handler)
     assert executor.handle(work).how is Ended.FAILED
-    assert not kept[0].complete("too late")
+    with pytest.raises(LeaseLost):
+        kept[0].complete("too late")
+    kept[0].fail("too late")
     assert answers([work]) == ["wait"]
     assert state(bench) is State.RELEASED
 
 
 def test_a_manual_completion_refused_or_in_doubt_says_no(bench: Bench) -> None:
-    """False: ownership was lost, or the store's answer is in doubt; the message is not acked and comes back."""
+    """LeaseLost: somebody took over; StoreUnavailable: in doubt. Again and again; the message comes back unacked."""
     executor, said = bench.executor(manual=True), []
+
+    def try_it() -> None:
+        for _ in range(2):
+            try:
+                current_execution().complete()
+            except (LeaseLost, StoreUnavailable) as error:
+                said.append(type(error))
 
     def overtaken() -> None:
         bench.clock.advance(61)
         bench.take()
-        said.append(current_execution().complete())
+        try_it()
         boom()  # changes nothing any more
 
     work = bench.work(overtaken)
     assert executor.handle(work).how is Ended.LEASE_LOST
     assert answers([work]) == ["wait"]
     bench.steps.error(COMPLETE, times=1000)
-    other = bench.work(lambda: said.append(current_execution().complete()), "other")
+    other = bench.work(try_it, "other")
     assert executor.handle(other).how is Ended.IN_DOUBT
     assert answers([other]) == ["wait"]
-    assert said == [False, False]
+    assert said == [LeaseLost] * 2 + [StoreUnavailable] * 2
 
 
 @pytest.mark.parametrize("swallow", [True, False])
@@ -828,11 +839,12 @@ def test_claiming_together_fails(bench: Bench, done: bool) -> None:
 
 def test_the_store_is_down_for_a_whole_window(bench: Bench) -> None:
     """I9: nothing runs, nothing is acked, every message comes back; and all is done when the store is there again."""
-    bench.steps.error(CLAIM, times=1 + 3 * 2)
+    bench.steps.error(CLAIM, times=1 + 2)
     works = [bench.work(lambda: None, str(n)) for n in range(3)]
     executor = bench.executor()
     assert hows(executor.handle_window(works)) == ["in doubt"] * 3
     assert answers(works) == ["wait"] * 3
+    assert bench.steps.passed.count(CLAIM) == 3, "a store that keeps silent is not asked again for each message"
     assert HANDLER not in bench.steps.passed
     again = [bench.work(lambda: None, str(n)) for n in range(3)]
     assert hows(executor.handle_window(again)) == ["completed"] * 3
@@ -862,7 +874,8 @@ def test_giving_back_is_tried_for_each(bench: Bench) -> None:
     """A reservation that cannot be given back lapses by itself, and stops neither the others nor the first error."""
 
     def first() -> None:
-        bench.steps.error(RELEASE, times=2)  # its own, and that of the second
+        bench.steps.error(ABANDON)
+        bench.steps.error(RELEASE)  # that of the second
         raise Killed
 
     works = [bench.work(first if n == 0 else boom, str(n)) for n in range(3)]
@@ -906,6 +919,7 @@ def test_a_reservation_never_runs_more_than_once_uncounted() -> None:
 
     def poison() -> None:
         runs.append(1)
+        bench.steps.error(ABANDON)
         bench.steps.error(RELEASE, times=9)
         raise Killed
 
@@ -932,13 +946,13 @@ def test_a_window_past_the_attempts_is_buried(bench: Bench) -> None:
 
 def test_manual_completion_in_a_window(bench: Bench) -> None:
     """One that stays open holds up no other."""
-    kept: list[Execution] = []
+    kept: list[LeasedExecution] = []
     works = [
         bench.work(lambda: kept.append(current_execution()), "open"),
         bench.work(lambda: current_execution().complete(), "done"),
     ]
     assert hows(bench.executor(manual=True).handle_window(works)) == ["open", "completed"]
-    assert kept[0].complete()
+    kept[0].complete()
     assert answers(works) == ["ack", "ack"]
 
 
@@ -997,7 +1011,7 @@ def test_every_step_has_a_hook() -> None:
 
         return call
 
-    verbs = ("claim", "claim_many", "renew", "renew_many", "complete", "release", "close")
+    verbs = ("claim", "claim_many", "renew", "renew_many", "complete", "release", "abandon", "close")
 
     bench = Bench(max_attempts=1)
     bench.steps = Watching()

@@ -17,15 +17,17 @@ from typing import Any
 import pytest
 from fakes import SCOPE, Killed, trouble
 
-from idempotent_bus import execution
-from idempotent_bus.execution import Ended, Ending, Execution, Executor, Work, current_execution
-from idempotent_bus.hooks import ACK, CLAIM, COMPLETE, DEAD_LETTER, HANDLER, RELEASE, WAIT
+from idempotent_bus import claims, execution, executor
+from idempotent_bus.execution import LeasedExecution, current_execution
+from idempotent_bus.executor import Executor
+from idempotent_bus.hooks import ACK, CLAIM, COMPLETE, DEAD_LETTER, HANDLER, RELEASE, RENEW, WAIT
 from idempotent_bus.identity import record_key
 from idempotent_bus.lease import LeaseKeeper
 from idempotent_bus.model import Reason, State
 from idempotent_bus.policy import Backoff, Policy
 from idempotent_bus.stores.memory import MemoryStore
 from idempotent_bus.testing import ManualClock
+from idempotent_bus.work import Ended, Ending, Work
 
 MAX_ATTEMPTS = 3
 KINDS = ("crash before", "crash after", "reply lost", "error")
@@ -37,7 +39,8 @@ Plan = Mapping[int, str]
 @pytest.fixture(autouse=True)
 def silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of scripted failures, each logged with its traceback, would take longer than the runs."""
-    monkeypatch.setattr(execution.log, "disabled", True)
+    for module in (claims, execution, executor):
+        monkeypatch.setattr(module.log, "disabled", True)
 
 
 class Violation(BaseException):
@@ -257,11 +260,12 @@ class Answer:
         world.queue.append(Copy(self.copy.biz_id, world.clock() + delay, world.tells_successors))
         world.settled(self.copy)
 
-    def dead_letter(self, reason: Reason, error: str, attempts: int) -> None:
+    def dead_letter(self, reason: Reason, error: str, attempts: int) -> bool:
         if self.copy not in self.world.unacked:
             raise ConnectionError("the channel of this delivery is closed")
         self.world.dead_letters[self.copy.biz_id] += 1
         self.world.settled(self.copy)
+        return True
 
 
 def singles(scenario: Scenario, executor: type[Executor] = Executor) -> Iterator[World]:
@@ -297,7 +301,7 @@ def test_every_pair_of_faults(name: str) -> None:
 def test_the_faults_reach_every_step() -> None:
     """The scenarios pass every step that the core has: a step that none of them reached would not be tested."""
     passed = {step for name in SCENARIOS for world in singles(SCENARIOS[name]) for step in world.passed}
-    assert passed == {CLAIM, HANDLER, COMPLETE, RELEASE, DEAD_LETTER, WAIT, ACK}
+    assert passed == {CLAIM, HANDLER, RENEW, COMPLETE, RELEASE, DEAD_LETTER, WAIT, ACK}
 
 
 def test_an_excuse_is_really_needed() -> None:
@@ -316,9 +320,9 @@ def test_an_excuse_is_really_needed() -> None:
 class AcksFirst(Executor):
     """Acks, then completes: the message of a worker that dies between is gone."""
 
-    def finish(self, execution: Execution, value: Any) -> Ending:
-        self._step(ACK, execution._work.settle.ack)
-        return self._complete(execution._work, execution, value)
+    def finish(self, execution: LeasedExecution, value: Any) -> Ending:
+        self._step(ACK, execution.work.settle.ack)
+        return self._complete(execution.work, execution, value)
 
 
 class AcksInDoubt(Executor):
@@ -334,15 +338,15 @@ class AcksInDoubt(Executor):
 class MarksFirst(Executor):
     """Completes before the handler runs: what raises then is never done."""
 
-    def _run(self, work: Work, execution: Execution) -> Ending:
-        self._step(COMPLETE, self._store().complete, execution.hold, result=None, retention=600.0)
+    def _run(self, work: Work, execution: LeasedExecution) -> Ending:
+        self._step(COMPLETE, self._claims.store().complete, execution.hold, result=None, retention=600.0)
         return super()._run(work, execution)
 
 
 class RunsInDoubt(Executor):
     """Runs the handler where the store's answer to the completion is in doubt, once more."""
 
-    def _complete(self, work: Work, execution: Execution, value: Any) -> Ending:
+    def _complete(self, work: Work, execution: LeasedExecution, value: Any) -> Ending:
         passed = work.settle.world.passed  # type: ignore[attr-defined]
         before = passed.count(COMPLETE)
         ending = super()._complete(work, execution, value)
@@ -354,7 +358,7 @@ class RunsInDoubt(Executor):
 class ForgetsToRelease(Executor):
     """Never answers a message that failed."""
 
-    def _failed(self, work: Work, execution: Execution, error: Exception) -> Ending:
+    def fail(self, execution: LeasedExecution, error: BaseException) -> Ending:
         return Ending(Ended.FAILED)
 
 

@@ -48,7 +48,7 @@ def test_imports_point_downward_only() -> None:
     [
         ("policy", "import kombu", "the core knows no broker"),
         ("execution", "def later():\n    import sqlalchemy", "the core knows no broker"),
-        ("errors", "from .execution import Executor", "imports point downward only"),
+        ("errors", "from .executor import Executor", "imports point downward only"),
         ("store", "from .stores import open_store", "imports point downward only"),
     ],
 )

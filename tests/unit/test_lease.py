@@ -30,8 +30,11 @@ class Running:
     renewed_at: float = 1000.0
     lost: int = 0
 
-    def on_lease_lost(self) -> None:
-        self.lost += 1
+    stalled: int = 0
+
+    def on_lease_lost(self, *, taken: bool) -> None:
+        self.lost += taken
+        self.stalled += not taken
 
 
 def hold(number: int) -> Hold:

@@ -57,7 +57,8 @@ def test_wrong_policies_are_refused(wrong: dict[str, Any]) -> None:
     "right",
     [
         {"lease": 0.05},
-        {"lease": 60, "retention": 60},
+        {"lease": 60, "retention": 300.1},
+        {"lease": 60, "retention": 90.1, "backoff": Backoff(1, 60)},
         {"max_attempts": 1},
         {"busy_delay": 0.001},
         {"permanent": (ValueError, KeyError)},

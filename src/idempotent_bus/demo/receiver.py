@@ -15,10 +15,10 @@ from kombu import Connection, Consumer
 from kombu.message import Message
 
 from ..consumer import IdempotentConsumer, IdempotentHandler, idempotent_consumer
-from ..execution import Ended
 from ..hooks import ACK, HANDLER
 from ..inbox import Inbox, transactional_consumer
 from ..policy import Backoff
+from ..work import Ended
 from .cards import issue, open_cards
 from .faults import Death, Faults, History
 from .sender import topology

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ..errors import ConfigurationError
 from ..store import Store
@@ -62,16 +63,33 @@ def store_source(store: StoreSource) -> Callable[[], Store]:
     """A function that gives the store: opened at its first call, and once per process.
 
     A process that was forked opens its own: connections must not be shared across a fork. A Store that was
-    passed in as an object is used as it is.
+    passed in as an object is used as it is. The same URL, object or function gives the same store, as long as somebody
+    uses it: its connections, and the renewal of its leases, are shared.
 
     Raises ConfigurationError for what is none of the three.
     """
+    if not isinstance(store, str) and not callable(store) and not hasattr(store, "claim"):
+        raise ConfigurationError(
+            f"store must be a Store, a URL such as sqlite:///dedup.db, or a function that gives a Store; "
+            f"this is of type {type(store).__name__}"
+        )
+    if isinstance(store, str) and store == "memory://":
+        return _source(store)  # each is a store of its own
+    # An object by its id: a source keeps it alive, so an id that is found here is still the same object's.
+    identity = store if isinstance(store, str) else id(store)
+    with _sharing:
+        source = _sources.get(identity)
+        if source is None:
+            source = _sources[identity] = _source(store)
+        return source
+
+
+_sources: WeakValueDictionary[str | int, Callable[[], Store]] = WeakValueDictionary()
+_sharing = threading.Lock()
+
+
+def _source(store: StoreSource) -> Callable[[], Store]:
     if not isinstance(store, str) and not callable(store):
-        if not hasattr(store, "claim"):
-            raise ConfigurationError(
-                f"store must be a Store, a URL such as sqlite:///dedup.db, or a function that gives a Store; "
-                f"this is of type {type(store).__name__}"
-            )
         return lambda: store
     opener: Callable[[], Store] = (lambda: open_store(store)) if isinstance(store, str) else store
     # A lock for each process: in a forked child the parent's may be held by a thread that is not there.
@@ -94,3 +112,12 @@ def store_source(store: StoreSource) -> Callable[[], Store]:
         return found
 
     return get
+
+
+def _after_fork() -> None:
+    global _sharing
+    _sharing = threading.Lock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..model import Busy, Claimed, ClaimOutcome, ClaimRequest, Completed, Conflict, Hold, Record, State
+from ..model import Busy, Claimed, ClaimOutcome, ClaimRequest, Completed, Conflict, Hold, Quarantined, Record, State
 
 __all__ = ["MemoryStore", "open_memory"]
 
@@ -66,6 +67,8 @@ class MemoryStore:
             return Conflict(entry.state)
         if entry.state is State.COMPLETED:
             return Completed(entry.result)
+        if entry.state is State.QUARANTINED:
+            return Quarantined()
         if held and entry.lease_ends > now:
             return Busy(entry.lease_ends - now)
         return self._take(
@@ -73,7 +76,8 @@ class MemoryStore:
             now,
             attempts=0 if request.redrive > entry.redrive else entry.attempts,
             redrive=max(request.redrive, entry.redrive),
-            taken_over=entry.state is State.IN_PROGRESS,
+            # A reservation that lapsed never started, but what it had taken over may have been done.
+            taken_over=entry.state is State.IN_PROGRESS or (entry.state is State.RESERVED and entry.taken_over),
         )
 
     def _take(self, request: ClaimRequest, now: float, *, attempts: int, redrive: int, taken_over: bool) -> Claimed:
@@ -141,6 +145,47 @@ class MemoryStore:
             entry.state = State.RELEASED
             entry.attempts = attempts
             entry.kept_until = now + retention
+            return True
+
+    def abandon(self, hold: Hold, /, *, attempts: int, retention: float) -> bool:
+        with self._lock:
+            now = self._clock()
+            entry = self._owned(hold, now, *_HELD)
+            if entry is None:
+                return False
+            entry.state = State.IN_PROGRESS
+            entry.attempts = attempts
+            entry.lease_ends = now
+            entry.kept_until = now + retention
+            return True
+
+    def quarantine(self, hold: Hold, /, *, note: bytes) -> bool:
+        with self._lock:
+            entry = self._owned(hold, self._clock(), *_HELD, State.QUARANTINED)
+            if entry is None:
+                return False
+            if entry.state is not State.QUARANTINED:
+                entry.state = State.QUARANTINED
+                entry.result = note
+                entry.kept_until = math.inf
+            return True
+
+    def quarantined(self, *, limit: int = 100, after: bytes = b"") -> list[Record]:
+        with self._lock:
+            keys = sorted(
+                key for key, entry in self._entries.items() if entry.state is State.QUARANTINED and key > after
+            )[:limit]
+        return [record for key in keys if (record := self.lookup(key)) is not None]
+
+    def resolve(self, key: bytes, /, *, completed: bool, retention: float) -> bool:
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None or entry.state is not State.QUARANTINED:
+                return False
+            entry.state = State.COMPLETED if completed else State.RELEASED
+            entry.attempts = entry.attempts if completed else 0
+            entry.result = None
+            entry.kept_until = self._clock() + retention
             return True
 
     def lookup(self, key: bytes, /) -> Record | None:
