@@ -6,18 +6,27 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from kombu.compression import compress
 from kombu.message import Message
 
 from idempotent_bus import HandlerAcknowledged
-from idempotent_bus.model import Reason
-from idempotent_bus.settlement import (
-    MessageSettlement,
-    _delay_queue,
+from idempotent_bus import settlement as settling
+from idempotent_bus.delays import delay_for, delay_queue, delay_queues
+from idempotent_bus.errors import ConfigurationError, PublishUnknown
+from idempotent_bus.headers import DEAD_ERROR, DEAD_FINGERPRINT, DEAD_REASON, DEAD_RECORD, ORIGIN_QUEUE
+from idempotent_bus.kombu_message import (
+    Content,
     came_back,
+    content_of,
     forbid_acks,
+    headers_of,
     origin_queue,
+    redrives,
     was_fetched_without_ack,
 )
+from idempotent_bus.model import Reason
+from idempotent_bus.moving import _merged
+from idempotent_bus.settlement import MessageSettlement
 
 
 class Channel:
@@ -30,7 +39,7 @@ class Channel:
         self.no_ack_consumers = set()
         self.callbacks: dict[str, Any] = {}
         transport = SimpleNamespace(driver_type=driver)
-        self.connection = SimpleNamespace(client=SimpleNamespace(transport=transport))
+        self.connection = SimpleNamespace(client=SimpleNamespace(transport=transport, connection_errors=(KeyError,)))
 
     def basic_ack(self, tag: Any, multiple: bool = False) -> None:
         self.done.append(("ack", tag, multiple))
@@ -48,18 +57,33 @@ def settlement(of: Message, **values: Any) -> MessageSettlement:
 
 
 @pytest.mark.parametrize(
-    ("delay", "queue"),
-    [(0.0, "q.wait.250"), (0.25, "q.wait.250"), (0.26, "q.wait.500"), (1.0, "q.wait.1000"), (300.0, "q.wait.512000")],
+    ("seconds", "milliseconds"), [(0.0, 250), (0.25, 250), (0.26, 500), (1.0, 1000), (1.001, 2000), (300.0, 512_000)]
 )
-def test_a_delay_queue_waits_at_least_as_long(delay: float, queue: str) -> None:
-    """Powers of two from a quarter of a second: never shorter than asked, at most twice as long, few queues."""
-    made = _delay_queue("q", delay)
-    assert made.name == queue
-    assert made.queue_arguments["x-message-ttl"] == int(queue.rpartition(".")[2])
-    assert made.queue_arguments["x-message-ttl"] >= delay * 1000
+def test_a_delay_queue_waits_at_least_as_long(seconds: float, milliseconds: int) -> None:
+    """Powers of two from a quarter of a second: never shorter than asked, less than twice as long, few queues."""
+    assert delay_for(seconds) == milliseconds
+    made = delay_queue("q", seconds)
+    assert made.name == f"q.wait.{milliseconds}"
+    assert made.queue_arguments["x-message-ttl"] == milliseconds
     assert made.queue_arguments["x-dead-letter-routing-key"] == "q"
     assert made.queue_arguments["x-dead-letter-strategy"] == "at-least-once"
-    assert made is _delay_queue("q", delay), "the same object, so that it is declared once"
+    assert made is delay_queue("q", seconds), "the same object, so that it is declared once"
+
+
+def test_all_delay_queues_up_to_the_longest_wait() -> None:
+    """What is declared at start-up is what any wait up to the longest uses: none is first declared in trouble."""
+    names = [queue.name for queue in delay_queues("q", 300.0)]
+    assert names == [f"q.wait.{250 * 2**power}" for power in range(12)]
+    for seconds in (0.0, 0.3, 1.0, 77.0, 299.9, 300.0):
+        assert delay_queue("q", seconds).name in names
+
+
+def test_a_name_too_long_for_amqp_is_hashed() -> None:
+    """A queue's name may have all 255 bytes: its delay queues still have names of their own."""
+    one, two = "a" * 255, "a" * 254 + "b"
+    names = {queue.name for name in (one, two) for queue in delay_queues(name, 300.0)}
+    assert len(names) == 24
+    assert all(len(name.encode()) <= 255 for name in names)
 
 
 def test_what_the_broker_added_is_not_sent_on() -> None:
@@ -68,17 +92,32 @@ def test_what_the_broker_added_is_not_sent_on() -> None:
         "x-death": [{}], "x-first-death-queue": "q", "x-delivery-count": 3, "CC": ["other"], "BCC": ["third"],
         "compression": "gzip", "compression-level": 9, "x-mine": 1, "inner-msg-id": "i",
     }  # fmt: skip
-    of = message(headers={name: value for name, value in headers.items() if name != "compression"})
+    of = message()
     of.headers = headers
-    assert settlement(of)._headers({"more": 2}) == {"compression-level": 9, "x-mine": 1, "inner-msg-id": "i", "more": 2}
+    plain, packed = Content(b"", "", "", None), Content(b"", "", "", "gzip")
+    assert headers_of(of, plain) == {"compression-level": 9, "x-mine": 1, "inner-msg-id": "i"}
+    assert headers_of(of, packed) == {**headers_of(of, plain), "compression": "gzip"}
 
 
 def test_the_compression_stays_where_kombu_could_not_undo_it() -> None:
     """A body that could not be decompressed is sent on as it came, and still says how it is compressed."""
     of = message(body=b"broken", headers={"compression": "application/x-gzip"})
     assert of.errors
-    assert settlement(of)._headers({})["compression"] == "application/x-gzip"
-    assert settlement(of)._content()[0] == b"broken"
+    assert content_of(of) == Content(b"broken", "application/data", "utf-8", "application/x-gzip")
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "made-again"])
+def test_a_compressed_body_is_sent_on_compressed(kept: bool) -> None:
+    """A body that inflates a thousandfold is moved as it came; what kombu has packed is the same bytes again."""
+    packed, kind = compress(b"x" * 100_000, "gzip")
+    of = message(body=packed, headers={"compression": kind})
+    assert not of.errors
+    assert len(of.body) == 100_000
+    if kept:
+        of._raw = SimpleNamespace(body=packed)
+    content = content_of(of)
+    assert content.body == packed
+    assert content.compression == kind
 
 
 @pytest.mark.parametrize(
@@ -97,7 +136,7 @@ def test_the_compression_stays_where_kombu_could_not_undo_it() -> None:
 )
 def test_the_body_is_sent_on_as_it_came(values: dict[str, Any], content: tuple[Any, ...]) -> None:
     """Whatever the message says of its content, the bytes stay; what it does not say is said as kombu reads it."""
-    assert settlement(message(**values))._content() == content
+    assert content_of(message(**values)) == Content(*content, None)
 
 
 def test_the_handler_cannot_settle_but_the_library_can() -> None:
@@ -120,6 +159,9 @@ def test_the_handler_cannot_settle_but_the_library_can() -> None:
         ({"delivery_info": {"redelivered": False}}, False),
         ({"delivery_info": {"redelivered": True}}, True),
         ({"headers": {"x-death": [{"queue": "q.wait.250"}]}}, True),
+        ({"headers": {"idempotent-bus-redrive": 1}}, True),
+        ({"headers": {"idempotent-bus-redrive": 0}}, False),
+        ({"headers": {"idempotent-bus-redrive": "1"}}, False),
     ],
 )
 def test_a_successor_counts_as_redelivered(values: dict[str, Any], back: bool) -> None:
@@ -176,14 +218,90 @@ def test_no_ack_is_seen_on_amqp_and_on_virtual_channels() -> None:
     assert was_fetched_without_ack(message(channel, delivery_tag=8))
 
 
+class Moves:
+    """In place of moving.move and moving.send: remembers, or fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *errors: Exception | None) -> None:
+        self.sent: list[tuple[str, dict[str, Any]]] = []
+        self.errors = list(errors)
+        monkeypatch.setattr(settling, "move", self)
+        monkeypatch.setattr(settling, "send", lambda message, queue, headers: self(message, queue.name, headers))
+
+    def __call__(self, of: Message, queue: str, headers: Any, *, drop: frozenset[str] = frozenset()) -> None:
+        error = self.errors.pop(0) if self.errors else None
+        if error is not None:
+            raise error
+        self.sent.append((queue, _merged(of.headers, headers, drop)))
+
+
 def test_an_error_text_that_is_no_unicode_does_not_stop_the_dead_letter(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lone surrogate in an exception's text cannot be sent as a header: it is replaced."""
-    sent: list[dict[str, Any]] = []
-    monkeypatch.setattr(MessageSettlement, "_send", lambda self, queue, headers: sent.append(headers))
-    settlement(message()).dead_letter(Reason.PERMANENT, "ValueError: \ud800" + "x" * 1000, 1)
-    text = sent[0]["idempotent-bus-dead-error"]
+    moves = Moves(monkeypatch)
+    assert settlement(message()).dead_letter(Reason.PERMANENT, "ValueError: \ud800" + "x" * 1000, 1)
+    text = moves.sent[0][1][DEAD_ERROR]
     assert text.startswith("ValueError: ?x")
     assert len(text) == 500
+
+
+def test_a_dead_letter_says_which_record_it_belongs_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not known of this death is not taken from an earlier one, nor from whoever published the message."""
+    moves = Moves(monkeypatch)
+    forged = {DEAD_RECORD: "00" * 16, DEAD_FINGERPRINT: "00", ORIGIN_QUEUE: "elsewhere", "mine": 1}
+    assert settlement(message(headers=forged)).dead_letter(Reason.INVALID, "no id", 0)
+    assert not set(moves.sent[0][1]) & {DEAD_RECORD, DEAD_FINGERPRINT, ORIGIN_QUEUE}
+    assert moves.sent[0][1]["mine"] == 1
+    known = settlement(message(headers=forged), queue="q")
+    known.record, known.fingerprint = "ab" * 16, "cd" * 8
+    assert known.dead_letter(Reason.ATTEMPTS, "", 8)
+    assert [moves.sent[1][1][name] for name in (DEAD_RECORD, DEAD_FINGERPRINT, ORIGIN_QUEUE, DEAD_REASON)] == [
+        "ab" * 16, "cd" * 8, "q", "attempts",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PublishUnknown("no answer"), ConfigurationError("no"), ValueError("too long")],
+    ids=lambda e: type(e).__name__,
+)
+def test_a_dead_letter_that_cannot_be_written_is_said_and_waits(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """I4, I1: False, and it waits in a delay queue before it is acked: RabbitMQ takes back what is held for long."""
+    channel = Channel()
+    moves = Moves(monkeypatch, error)
+    assert settlement(message(channel), queue="q").dead_letter(Reason.PERMANENT, "", 1) is False
+    assert [queue for queue, _ in moves.sent] == ["q.wait.4000"]
+    assert channel.done == [("ack", 7, False)]
+
+
+def test_a_dead_letter_that_cannot_be_written_nor_wait_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """I4: neither the dead letter nor the delay queue takes it: nothing is acked, and it is looked at again."""
+    channel, parked = Channel(), []
+    Moves(monkeypatch, PublishUnknown("no answer"), ValueError("no"))
+    answer = settlement(message(channel), queue="q", park=parked.append).dead_letter(Reason.PERMANENT, "", 1)
+    assert answer is False
+    assert channel.done == []
+    assert len(parked) == 1
+
+
+@pytest.mark.parametrize("answer", ["dead", "wait"])
+def test_a_lost_connection_is_the_consumers_to_see(monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    """What the broker's driver says of a lost connection comes out: nothing is settled, the consumer reconnects."""
+    channel = Channel()
+    Moves(monkeypatch, KeyError("the driver's connection error"))
+    of = settlement(message(channel), queue="q")
+    with pytest.raises(KeyError):
+        of.wait(1.0) if answer == "wait" else of.dead_letter(Reason.PERMANENT, "", 1)
+    assert channel.done == []
+
+
+@pytest.mark.parametrize(
+    ("number", "believed"),
+    [(None, 0), (0, 0), (3, 3), (True, None), (-1, None), (1.0, None), ("1", None), (2**31, None)],
+)
+def test_only_a_number_of_redrives_is_believed(number: Any, believed: int | None) -> None:
+    """The redrive number starts the attempts afresh: what a store could not keep is none."""
+    assert redrives({} if number is None else {"idempotent-bus-redrive": number}) == believed
 
 
 def test_a_quorum_queues_message_is_not_requeued_without_a_known_origin(monkeypatch: pytest.MonkeyPatch) -> None:
