@@ -26,8 +26,8 @@ from .errors import (
 )
 from .events import Listener, notifier
 from .executor import Executor
-from .headers import INNER_MSG_ID as INNER_MSG_ID_HEADER
 from .headers import DEAD_AT, REDRIVE
+from .headers import INNER_MSG_ID as INNER_MSG_ID_HEADER
 from .hooks import Step, direct
 from .identity import (
     INNER_MSG_ID,

@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from typing_extensions import ParamSpec, Self
 
 from . import hooks
 from .errors import ConfigurationError, PublishError, PublishUnknown
+from .execution import current_execution
 from .headers import DEDUPLICATION, INNER_MSG_ID
 from .identity import BizIdSpec, extract_biz_id
 from .model import Edge, Landing, Receipt
@@ -24,6 +26,7 @@ from .sending.outgoing import Outgoing, prepare
 from .sending.resend import Known, NotConfirmed, ResendPolicy, Sends
 from .sending.streaming import PublishManyError, publish_stream
 from .sending.virtual import make_lane
+from .signing import Signer
 
 __all__ = ["IdempotentProducer", "PublishManyError", "ResendPolicy", "idempotent_producer"]
 
@@ -45,6 +48,7 @@ class IdempotentProducer:
         answers a duplicate as it answers a failure, by a nack or by a return, so the receipt's edge stays the
         consumer, nothing is ever reported as `duplicate`, and a resend that is answered so ends as PublishUnknown.
         publish_many then waits for each confirm in turn.
+    signer: signs each publish, so that consumers can tell who sent it (`signing.py` says what that protects).
     step: performs each send; for fault injection.
 
     Safe for threads: one lock, so that publishes of several threads take turns, not during the pauses between
@@ -63,8 +67,11 @@ class IdempotentProducer:
         confirm_timeout: float = 5.0,
         retry: ResendPolicy | None = None,
         deduplication_header: bool = False,
+        signer: Signer | None = None,
         step: hooks.Step = hooks.direct,
     ) -> None:
+        if signer is not None and not isinstance(signer, Signer):
+            raise ConfigurationError("signer must be a Signer")
         if confirm_timeout <= 0:
             raise ConfigurationError("confirm_timeout must be more than 0 seconds: a publish is never left unconfirmed")
         self._exchange = exchange
@@ -73,6 +80,7 @@ class IdempotentProducer:
         self._biz_id = biz_id
         self._declare = tuple(declare)
         self._policy = ResendPolicy() if retry is None else retry
+        self._signer = signer
         self._step = step
         self._lock = threading.Lock()
         self._lane = make_lane(connection, timeout=confirm_timeout, clock=self._policy.clock)
@@ -92,6 +100,7 @@ class IdempotentProducer:
         routing_key: str | None = None,
         headers: Mapping[str, Any] | None = None,
         inner_msg_id: str | None = None,
+        once: str | None = None,
         declare: Iterable[Any] = (),
         serializer: str | None = None,
         content_type: str | None = None,
@@ -105,16 +114,19 @@ class IdempotentProducer:
         """Publish one message and return when the broker has it.
 
         inner_msg_id: resends that very message (take it from a PublishError or a Receipt); without it the message
-            gets a fresh id. expiration: seconds. Other keywords are message properties. An Exchange object is
-            declared first, a name is not.
+            gets a fresh id. once: inside a guarded handler, a name for this publish: the id is derived from the
+            execution and that name, so that a handler that is run again publishes the very same message again. To
+            resend after an error use the error's inner_msg_id. expiration: seconds. Other keywords are message
+            properties. An Exchange object is declared first, a name is not.
 
-        The receipt says `duplicate` only for an id that was given: a fresh one can only be met again by its own
-        resend, and then this publish did land. Raises Unroutable, Rejected or PublishUnknown, never more than is
-        known; InvalidBizId, InvalidBody or ConfigurationError before anything is sent.
+        The receipt says `duplicate` only for an id that was given or derived: a fresh one can only be met again by its
+        own resend, and then this publish did land. Raises Unroutable, Rejected or PublishUnknown, never more than is
+        known; InvalidBizId, InvalidBody, NoExecution or ConfigurationError before anything is sent.
         """
         outgoing = self._prepare(
             body,
             inner_msg_id=inner_msg_id,
+            once=once,
             exchange=exchange,
             routing_key=routing_key,
             headers=headers,
@@ -128,7 +140,7 @@ class IdempotentProducer:
             biz_id=biz_id,
             **properties,
         )
-        return self._publish(outgoing, fresh=inner_msg_id is None)
+        return self._publish(outgoing, fresh=inner_msg_id is None and once is None)
 
     def publish_many(self, messages: Iterable[Any], *, window: int = 500, **options: Any) -> list[Receipt]:
         """Publish many messages; on AMQP up to `window` of them wait for their confirms at the same time.
@@ -204,6 +216,7 @@ class IdempotentProducer:
         body: Any,
         *,
         inner_msg_id: str | None = None,
+        once: str | None = None,
         exchange: Exchange | str | None = None,
         routing_key: str | None = None,
         headers: Mapping[str, Any] | None = None,
@@ -220,7 +233,14 @@ class IdempotentProducer:
         spec = self._biz_id if biz_id is None else biz_id
         if spec is not None and (isinstance(spec, str) or callable(spec)):  # else the inner-msg-id is the id
             extract_biz_id(spec, body)
-        if inner_msg_id is None:
+        if once is not None:
+            if inner_msg_id is not None:
+                raise ConfigurationError("give once or inner_msg_id, not both: each of them says which message it is")
+            if not isinstance(once, str) or not once:
+                raise ConfigurationError("once must be a name for this publish, such as 'receipt'")
+            inner_msg_id = current_execution().derived_id(once)
+            properties.setdefault("timestamp", int(time.time()))  # which a derived id does not tell
+        elif inner_msg_id is None:
             inner_msg_id = new_inner_msg_id()
         elif not is_inner_msg_id(inner_msg_id):
             raise ConfigurationError("inner_msg_id must be one that a receipt or a publish error gave: a UUIDv7")
@@ -240,6 +260,7 @@ class IdempotentProducer:
             priority=priority,
             expiration=expiration,
             properties=properties,
+            signer=self._signer,
         )
 
     def _publish(self, outgoing: Outgoing, *, fresh: bool) -> Receipt:
@@ -317,17 +338,21 @@ def idempotent_producer(
     declare: Iterable[Any] = (),
     confirm_timeout: float = 5.0,
     retry: ResendPolicy | None = None,
+    signer: Signer | None = None,
     step: hooks.Step = hooks.direct,
 ) -> Callable[[Callable[P, Any]], Callable[P, Receipt]]:
     """Make a function whose return value is the body publish that body: calling it returns the receipt.
 
     connection: as IdempotentProducer takes it, or a producer to share; the rest as `publish` and IdempotentProducer
-    take them (confirm_timeout, retry and step are those of a shared producer). `__wrapped__` is the plain function.
+    take them (confirm_timeout, retry, signer and step are those of a shared producer). `__wrapped__` is the plain
+    function.
     """
     if isinstance(connection, IdempotentProducer):
         producer = connection
     else:
-        producer = IdempotentProducer(connection, confirm_timeout=confirm_timeout, retry=retry, step=step)
+        producer = IdempotentProducer(
+            connection, confirm_timeout=confirm_timeout, retry=retry, signer=signer, step=step
+        )
     entities = tuple(declare)
 
     def decorate(function: Callable[P, Any]) -> Callable[P, Receipt]:

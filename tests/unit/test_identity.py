@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idempotent_bus.errors import IdempotentBusError, InvalidBizId, InvalidBody, InvalidScope
+from idempotent_bus.errors import ConfigurationError, IdempotentBusError, InvalidBizId, InvalidBody, InvalidScope
 from idempotent_bus.identity import (
     INNER_MSG_ID,
     canonical_biz_id,
     check_scope,
+    check_tenant,
     extract_biz_id,
     fingerprint,
     record_key,
@@ -44,26 +45,42 @@ def test_golden_keys(identity: tuple[str, str, str], expected: str) -> None:
     assert record_key(scope, biz_id, tenant=tenant).hex() == expected
 
 
+GOLDEN_KEYS_OF_PRODUCERS = {
+    ("", "cards.issue", "p-1", "shop"): "8099241813aa8709c90e690721cec3a9",
+    ("tenant", "cards.issue", "p-1", "shop"): "0316c8a3a59b32f9946b3ea50b07ede1",
+    ("shop", "cards.issue", "p-1", ""): "3eb223a5a8d1d98271cadbf580411554",
+}
+
+
+@pytest.mark.parametrize(("identity", "expected"), GOLDEN_KEYS_OF_PRODUCERS.items())
+def test_golden_keys_of_producers(identity: tuple[str, str, str, str], expected: str) -> None:
+    """The same where each producer's ids are its own: also these keys never change."""
+    tenant, scope, biz_id, producer = identity
+    assert record_key(scope, biz_id, tenant=tenant, producer=producer).hex() == expected
+
+
 texts = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=12)
 # Few letters and separators, so that the parts can be cut at many places.
 cuttable = st.text("ab:/\u0301\u00e1 ", max_size=5)
-identities = st.tuples(texts | cuttable, texts | cuttable, texts | cuttable)
+identities = st.tuples(texts | cuttable, texts | cuttable, texts | cuttable, texts | cuttable)
 
 
 @given(identities, identities)
 @settings(max_examples=500)
-def test_distinct_identities_have_distinct_keys(one: tuple[str, str, str], other: tuple[str, str, str]) -> None:
-    """I10: (tenant, scope, biz_id) differ exactly if their keys do."""
-    keys = [record_key(scope, biz_id, tenant=tenant) for tenant, scope, biz_id in (one, other)]
+def test_distinct_identities_have_distinct_keys(one: tuple[str, ...], other: tuple[str, ...]) -> None:
+    """I10, I14: (tenant, scope, biz_id, producer) differ exactly if their keys do."""
+    keys = [
+        record_key(scope, biz_id, tenant=tenant, producer=producer) for tenant, scope, biz_id, producer in (one, other)
+    ]
     assert (keys[0] == keys[1]) is (one == other)
 
 
 @given(cuttable, st.data())
 def test_moving_text_between_the_parts_changes_the_key(text: str, data: st.DataObject) -> None:
     """I10: the same letters cut at another place are another identity."""
-    cuts = st.tuples(st.integers(0, len(text)), st.integers(0, len(text))).map(sorted)
+    cuts = st.tuples(*[st.integers(0, len(text))] * 3).map(sorted)
     one, other = data.draw(cuts), data.draw(cuts)
-    keys = [record_key(text[a:b], text[b:], tenant=text[:a]) for a, b in (one, other)]
+    keys = [record_key(text[a:b], text[b:c], tenant=text[:a], producer=text[c:]) for a, b, c in (one, other)]
     assert (keys[0] == keys[1]) is (one == other)
 
 
@@ -223,6 +240,15 @@ def test_scopes_that_are_refused(scope: object) -> None:
     """A wrong scope is found when the consumer is set up, not at its first message."""
     with pytest.raises(InvalidScope):
         check_scope(scope)
+
+
+def test_tenants() -> None:
+    """A tenant is checked like a scope when the consumer is set up; none at all is the default."""
+    assert check_tenant("") == ""
+    assert check_tenant("\u0444\u0438\u0440\u043c\u0430 1") == "\u0444\u0438\u0440\u043c\u0430 1"
+    for wrong in (None, 5, b"shop", "x" * 201, "\u00e9" * 101, "a\n", "a\0", "\x85", "\ud800", ["a"]):
+        with pytest.raises(ConfigurationError, match="tenant"):
+            check_tenant(wrong)
 
 
 # --- the fingerprint ------------------------------------------------------------------------------------

@@ -9,9 +9,17 @@ import time
 import uuid
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from idempotent_bus import msgid
-from idempotent_bus.msgid import is_inner_msg_id, new_inner_msg_id, published_at
+from idempotent_bus.msgid import (
+    derived_inner_msg_id,
+    is_inner_msg_id,
+    new_inner_msg_id,
+    published_at,
+    published_at_of,
+)
 
 
 def test_it_is_a_uuid_of_version_7() -> None:
@@ -57,6 +65,46 @@ def test_a_derived_id_is_accepted_but_has_no_time() -> None:
     derived = "017f22e2-79b0-8cc3-98c4-dc0c0c07398f"
     assert is_inner_msg_id(derived)
     assert published_at(derived) is None
+
+
+GOLDEN_DERIVED = {
+    (bytes(16), "receipt"): "18e26c31-4c6f-83a1-8da9-5431784f2d7f",
+    (bytes(range(16)), "receipt"): "88b3e7a3-069a-87c2-b281-699c6bee69a6",
+    (bytes(range(16)), "receipt "): "f756e7db-3564-8d25-91e1-44f85f5797e6",
+    (bytes(range(16)), "Beleg \u00fc"): "c2d7de84-3db5-88b3-9e0b-3d2e789113a3",
+    (b"", "receipt"): "92587aef-6ecd-88c9-9b07-8b7cf6eed475",
+}
+
+
+@pytest.mark.parametrize(("source", "expected"), GOLDEN_DERIVED.items())
+def test_golden_derived_ids(source: tuple[bytes, str], expected: str) -> None:
+    """A derived id never changes between versions: a rerun across an upgrade publishes the same message."""
+    assert derived_inner_msg_id(*source) == expected
+    assert is_inner_msg_id(expected)
+    assert uuid.UUID(expected).version == 8
+    assert uuid.UUID(expected).variant == uuid.RFC_4122
+
+
+_sources = st.tuples(st.binary(max_size=4) | st.binary(min_size=16, max_size=16), st.text("ab\0\u00e9", max_size=4))
+
+
+@given(_sources, _sources)
+def test_distinct_sources_have_distinct_ids(one: tuple[bytes, str], other: tuple[bytes, str]) -> None:
+    """I10: two executions, or two names in one, never share a derived id, also where the joined bytes would agree."""
+    assert (derived_inner_msg_id(*one) == derived_inner_msg_id(*other)) is (one == other)
+    moved = (one[0] + one[1][:1].encode(), one[1][1:])
+    assert (derived_inner_msg_id(*one) == derived_inner_msg_id(*moved)) is (one == moved)
+
+
+def test_when_a_message_was_published() -> None:
+    """A fresh id tells the time itself, a derived or foreign one leaves it to the timestamp; no other value is time."""
+    fresh = "017f22e2-79b0-7cc3-98c4-dc0c0c07398f"
+    derived = derived_inner_msg_id(bytes(16), "receipt")
+    assert published_at_of(fresh, 5) == 1645557742.0
+    assert published_at_of(derived, 1645557742) == 1645557742.0
+    assert published_at_of(None, 1645557742.5) == 1645557742.5
+    wrong: list[object] = [None, True, "1645557742", -1, 0, float("nan"), float("inf"), 10**400, [], b"5"]
+    assert [published_at_of(derived, value) for value in wrong] == [None] * len(wrong)
 
 
 def test_ids_increase_strictly() -> None:

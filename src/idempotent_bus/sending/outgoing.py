@@ -13,6 +13,7 @@ from kombu.serialization import dumps
 
 from ..errors import ConfigurationError, InvalidBody
 from ..headers import INNER_MSG_ID
+from ..signing import Signer, raw_body
 
 __all__ = ["Outgoing", "prepare"]
 
@@ -61,8 +62,11 @@ def prepare(
     priority: int | None,
     expiration: float | None,
     properties: dict[str, Any],
+    signer: Signer | None = None,
 ) -> Outgoing:
-    """Serialise and check. Raises InvalidBody if the body cannot be serialised, ConfigurationError for bad options."""
+    """Serialise, sign and check. Raises InvalidBody if the body cannot be serialised, ConfigurationError for bad
+    options. signer: signs it, which needs an inner_msg_id; None: headers that came along stay.
+    """
     for name in properties:
         if name in _NOT_PROPERTIES:
             raise ConfigurationError(f"publish() takes no {name}: {_NOT_PROPERTIES[name]}")
@@ -77,11 +81,16 @@ def prepare(
             raise InvalidBody(f"the body cannot be serialised: {type(error.__cause__ or error).__name__}") from error
     elif isinstance(body, str):
         content_encoding = content_encoding or "utf-8"
-        body = body.encode("utf-8" if content_encoding == "binary" else content_encoding)
+        body = raw_body(body, content_encoding)
     else:
         content_encoding = content_encoding or "binary"
+    if signer is not None and inner_msg_id is not None:
+        all_headers.update(signer.headers(inner_msg_id, body, content_type, content_encoding))
     if compression is not None:
-        body, all_headers["compression"] = compress(body, compression)
+        try:
+            body, all_headers["compression"] = compress(body, compression)
+        except KeyError:
+            raise ConfigurationError(f"kombu knows no compression {compression!r}") from None
     properties["delivery_mode"] = _PERSISTENT
     if expiration is not None:
         properties["expiration"] = str(int(expiration * 1000))
