@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .abandoned import AbandonedRecord
@@ -40,6 +41,8 @@ from .work import Ended, Ending
 
 if TYPE_CHECKING:
     from .inbox import Inbox, transactional_consumer
+    from .outbox import Outbox
+    from .relay import Relay
 
 __all__ = [
     "INNER_MSG_ID",
@@ -66,6 +69,7 @@ __all__ = [
     "LeaseLost",
     "Listener",
     "NoExecution",
+    "Outbox",
     "Permanent",
     "PublishError",
     "PublishManyError",
@@ -73,6 +77,7 @@ __all__ = [
     "Reason",
     "Receipt",
     "Rejected",
+    "Relay",
     "ResendPolicy",
     "Signer",
     "Store",
@@ -92,14 +97,17 @@ __all__ = [
 _register()
 
 
+#: These need SQLAlchemy, which is an extra: imported when they are asked for.
+_LATE = {"Inbox": "inbox", "transactional_consumer": "inbox", "Outbox": "outbox", "Relay": "relay"}
+
+
 def __getattr__(name: str) -> Any:
-    # These two need SQLAlchemy, which is an extra: imported when they are asked for.
-    if name in ("Inbox", "transactional_consumer"):
+    if name in _LATE:
         try:
-            from . import inbox
+            module = import_module(f".{_LATE[name]}", __name__)
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("idempotent_bus"):
                 raise
             raise ConfigurationError(f"{name} needs SQLAlchemy: pip install 'idempotent-bus[sql]'") from error
-        return getattr(inbox, name)
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

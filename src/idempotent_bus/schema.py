@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, Final
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Dialect, Engine
 from sqlalchemy.schema import CreateIndex, CreateSequence, CreateTable
 
@@ -19,15 +20,19 @@ from .dialects import Blob, Digest, quoted
 from .errors import ConfigurationError
 from .model import FINGERPRINT_BYTES, KEY_BYTES, NONCE_BYTES
 
-__all__ = ["PARTS", "PREFIX", "create", "ddl", "inbox", "metadata", "records", "tokens"]
+__all__ = ["PARTS", "PREFIX", "create", "ddl", "inbox", "metadata", "missing", "outbox", "records", "tokens"]
 
 PREFIX: Final = "idempotent_bus_"
-#: What can be had apart: the dedup store's tables, and the inbox's, which lives where the effects are.
-PARTS: Final = ("store", "inbox")
+#: What can be had apart: the dedup store's tables, and the inbox's and the outbox's, which live where the effects are.
+PARTS: Final = ("store", "inbox", "outbox")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 # On PostgreSQL a page keeps room for the completion beside the claim. SQLAlchemy 2.0 has no word for it on a table.
 _ROOM_FOR_UPDATES: Final[dict[str, Any]] = (
     {"postgresql_with": {"fillfactor": "85"}} if not sa.__version__.startswith("2.0.") else {}
+)
+# Claimed rows are changed in no indexed column, and rows soon die: room on the page and an early vacuum keep it small.
+_QUEUE_LIKE: Final[dict[str, Any]] = (
+    {"postgresql_with": {"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.05"}} if _ROOM_FOR_UPDATES else {}
 )
 # Tables that a database without sequences has instead of one carry this mark.
 _INSTEAD: Final = "instead_of_sequence"
@@ -47,6 +52,8 @@ def metadata(table_prefix: str = PREFIX, schema: str | None = None, *, parts: Co
         _tokens(tables, table_prefix)
     if "inbox" in parts:
         _inbox(tables, table_prefix)
+    if "outbox" in parts:
+        _outbox(tables, table_prefix)
     return tables
 
 
@@ -114,9 +121,62 @@ def _inbox(tables: sa.MetaData, prefix: str) -> None:
     )
 
 
+def _outbox(tables: sa.MetaData, prefix: str) -> None:
+    """One row per message that is to be sent; deleted once the broker has confirmed it.
+
+    Claiming a row changes no indexed column. Rows with an order key are found through their own index, and never
+    stand in the way of those without: that one has their state in front.
+    """
+    name = f"{prefix}outbox"
+    utf8: dict[str, Any] = {"charset": "utf8mb4", "collation": "utf8mb4_bin"}
+    short = sa.String(255).with_variant(mysql.VARCHAR(255, **utf8), "mysql", "mariadb")
+    json = sa.Text().with_variant(mysql.LONGTEXT(**utf8), "mysql", "mariadb")
+    sa.Table(
+        name,
+        tables,
+        # Numbers are never used again (SQLite would otherwise): they are the order of the rows of one key.
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True, autoincrement=True),
+        sa.Column("inner_msg_id", Digest(16), nullable=False),
+        sa.Column("order_key", Digest(16)),
+        sa.Column("owner", Digest(16)),
+        sa.Column("made_at", sa.BigInteger, nullable=False),
+        sa.Column("due_at", sa.BigInteger, nullable=False),
+        sa.Column("lease_ends", sa.BigInteger, nullable=False),
+        sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("state", sa.SmallInteger, nullable=False),
+        sa.Column("exchange", short, nullable=False),
+        sa.Column("routing_key", short, nullable=False),
+        sa.Column("content_type", short, nullable=False),
+        sa.Column("content_encoding", short, nullable=False),
+        sa.Column("headers", json, nullable=False),
+        sa.Column("options", json, nullable=False),
+        sa.Column("last_error", json),
+        sa.Column("body", Blob, nullable=False),
+        sa.Index(f"{name}_message", "inner_msg_id", unique=True),
+        sa.Index(f"{name}_due", "state", "due_at", "id"),
+        # Most rows have none: where an index can leave them out, it does.
+        sa.Index(
+            f"{name}_order",
+            "order_key",
+            "id",
+            postgresql_where=sa.text("order_key IS NOT NULL"),
+            sqlite_where=sa.text("order_key IS NOT NULL"),
+        ),
+        sqlite_autoincrement=True,
+        mysql_engine="InnoDB",
+        mariadb_engine="InnoDB",
+        **_QUEUE_LIKE,
+    )
+
+
 def inbox(tables: sa.MetaData) -> sa.Table:
     """The inbox's table."""
     return _table(tables, "inbox")
+
+
+def outbox(tables: sa.MetaData) -> sa.Table:
+    """The outbox's table."""
+    return _table(tables, "outbox")
 
 
 def records(tables: sa.MetaData) -> sa.Table:
@@ -186,7 +246,7 @@ def create(engine: Engine, tables: sa.MetaData, *, patience: float = 2.0) -> Non
     while True:
         try:
             with engine.connect() as connection:
-                if not _missing(connection, tables):
+                if not missing(connection, tables):
                     return
             # On PostgreSQL a transaction, whatever the engine's default is: the lock must last until the end.
             postgresql = engine.dialect.name == "postgresql"
@@ -201,12 +261,12 @@ def create(engine: Engine, tables: sa.MetaData, *, patience: float = 2.0) -> Non
         except sa.exc.DBAPIError:
             # Somebody else created it in between (MySQL's index, SQLite's lock): look again.
             with engine.connect() as connection:
-                if _missing(connection, tables) and time.monotonic() > deadline:
+                if missing(connection, tables) and time.monotonic() > deadline:
                     raise
             time.sleep(0.05)
 
 
-def _missing(connection: sa.Connection, tables: sa.MetaData) -> bool:
+def missing(connection: sa.Connection, tables: sa.MetaData) -> bool:
     """Whether anything is missing, asked of the catalogue."""
     inspector = sa.inspect(connection)
     dialect = connection.dialect

@@ -1,0 +1,243 @@
+"""Somebody else's database connection: what kind it is, whether a transaction is open, and a statement run on it.
+
+The caller's connection may be a SQLAlchemy Connection or Session, a Django connection, or a driver's own (psycopg 3 or
+2, sqlite3, PyMySQL, mysqlclient). It is never committed and never rolled back here. Statements are texts with `:name`
+parameters; each is put into the driver's own style once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sqlite3
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, cast
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+
+from .dialects import Statement, compiled
+from .errors import ConfigurationError
+
+__all__ = ["Link", "commits_by_itself", "is_duplicate", "link_to"]
+
+_DIALECTS: Final[dict[str, Any]] = {
+    "postgresql": postgresql.dialect,
+    "mysql": mysql.dialect,
+    "mariadb": mysql.dialect,
+    "sqlite": sqlite.dialect,
+}
+#: Driver packages by the name of their top module: the database, and how parameters are written.
+_DRIVERS: Final = {
+    "psycopg": ("postgresql", "pyformat"),
+    "psycopg2": ("postgresql", "pyformat"),
+    "pymysql": ("mysql", "pyformat"),
+    "MySQLdb": ("mysql", "pyformat"),
+    "sqlite3": ("sqlite", "qmark"),
+    "pysqlite3": ("sqlite", "qmark"),
+    "sqlcipher3": ("sqlite", "qmark"),
+}
+_KINDS: Final = (
+    "a SQLAlchemy Connection or Session, a Django connection, or one of psycopg, psycopg2, sqlite3, PyMySQL, MySQLdb"
+)
+
+# As libpq and the MySQL protocol number the states of a transaction.
+_IDLE: Final = 0
+_IN_TRANSACTION: Final = 1
+
+
+class Link(ABC):
+    """One borrowed connection. database: `postgresql`, `mysql` (MariaDB too) or `sqlite`. For one thread at a time."""
+
+    __slots__ = ("database",)
+
+    def __init__(self, database: str) -> None:
+        self.database = database
+
+    @abstractmethod
+    def check_transaction(self) -> None:
+        """Raise ConfigurationError if the next statement would be committed by itself."""
+
+    @abstractmethod
+    def run(self, text: str, parameters: Mapping[str, Any]) -> tuple[list[Sequence[Any]], int]:
+        """Run one statement in the caller's transaction; its rows, and how many rows it changed.
+
+        Raises what that kind of connection raises, without the parameters in its text where it would have them.
+        """
+
+
+class _SQLAlchemyLink(Link):
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: sa.Connection) -> None:
+        super().__init__(_database(connection.dialect.name))
+        self._connection = connection
+
+    def check_transaction(self) -> None:
+        if commits_by_itself(self._connection):
+            raise _autocommit("give it an engine without isolation_level='AUTOCOMMIT'")
+
+    def run(self, text: str, parameters: Mapping[str, Any]) -> tuple[list[Sequence[Any]], int]:
+        statement = _prepared(text, self.database, self._connection.dialect.paramstyle)
+        try:
+            result = self._connection.exec_driver_sql(statement.text, statement.arguments(parameters))
+        except sa.exc.StatementError as error:
+            error.hide_parameters = True  # whatever the engine's setting is: they are the message
+            raise
+        rows = cast("list[Sequence[Any]]", result.fetchall()) if result.returns_rows else []
+        return rows, result.rowcount
+
+
+class _DjangoLink(Link):
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: Any) -> None:
+        super().__init__(_database(connection.vendor))
+        self._connection = connection
+
+    def check_transaction(self) -> None:
+        connection = self._connection
+        if not connection.in_atomic_block and connection.get_autocommit():
+            raise _autocommit("use it within transaction.atomic()")
+
+    def run(self, text: str, parameters: Mapping[str, Any]) -> tuple[list[Sequence[Any]], int]:
+        # Django takes %s for every database, and turns it into what the driver wants.
+        statement = _prepared(text, self.database, "format")
+        with self._connection.cursor() as cursor:
+            cursor.execute(statement.text, statement.arguments(parameters))
+            return (list(cursor.fetchall()) if cursor.description else []), cursor.rowcount
+
+
+class _DriverLink(Link):
+    __slots__ = ("_connection", "_package", "_style")
+
+    def __init__(self, connection: Any, package: str) -> None:
+        database, self._style = _DRIVERS[package]
+        super().__init__(database)
+        self._connection = connection
+        self._package = package
+
+    def check_transaction(self) -> None:
+        if _driver_commits_by_itself(self._connection, self.database):
+            raise _autocommit("switch its autocommit off, or begin a transaction first")
+
+    def run(self, text: str, parameters: Mapping[str, Any]) -> tuple[list[Sequence[Any]], int]:
+        statement = _prepared(text, self.database, self._style)
+        cursor = self._cursor()
+        try:
+            cursor.execute(statement.text, statement.arguments(parameters))
+            return (list(cursor.fetchall()) if cursor.description else []), cursor.rowcount
+        finally:
+            cursor.close()
+
+    def _cursor(self) -> Any:
+        """A cursor whose rows are tuples, whatever the user's rows are."""
+        connection = self._connection
+        if self.database == "sqlite":
+            cursor = connection.cursor()
+            cursor.row_factory = None
+            return cursor
+        if self._package == "psycopg":
+            return connection.cursor(row_factory=sys.modules["psycopg.rows"].tuple_row)
+        module = sys.modules[f"{self._package}.{'extensions' if self._package == 'psycopg2' else 'cursors'}"]
+        if self._package == "psycopg2":
+            return connection.cursor(cursor_factory=module.cursor)
+        return connection.cursor(module.Cursor)
+
+
+def link_to(connection: Any) -> Link:
+    """The link to a connection of any kind we know. Raises ConfigurationError for anything else."""
+    if isinstance(connection, sa.Connection):
+        return _SQLAlchemyLink(connection)
+    orm = sys.modules.get("sqlalchemy.orm")
+    if orm is not None and isinstance(connection, (orm.Session, orm.scoped_session)):
+        return _SQLAlchemyLink(connection.connection())
+    if isinstance(connection, sa.Engine):
+        raise ConfigurationError("an Engine has no transaction: give the Connection that engine.begin() yields")
+    if hasattr(connection, "vendor") and hasattr(connection, "in_atomic_block"):
+        return _DjangoLink(connection)
+    if hasattr(connection, "sync_connection") or hasattr(connection, "sync_session"):
+        raise ConfigurationError(
+            "an asynchronous connection or session: run this inside `await connection.run_sync(lambda c: ...)`, and "
+            "give it the connection or session that comes in there"
+        )
+    driver = getattr(connection, "driver_connection", None) or connection  # SQLAlchemy's raw_connection()
+    package = _package_of(driver)
+    if package is None:
+        raise ConfigurationError(f"a {type(connection).__name__} is not a connection that is known here: {_KINDS}")
+    if inspect.iscoroutinefunction(getattr(driver, "commit", None)):
+        raise ConfigurationError("an asynchronous connection cannot be used here; use a synchronous one")
+    return _DriverLink(driver, package)
+
+
+def commits_by_itself(connection: sa.Connection) -> bool:
+    """True if no transaction is open and the driver would end one with each statement."""
+    driver = connection.connection.dbapi_connection
+    # An asynchronous driver's adapter has no state to look at: its setting counts.
+    package = _package_of(driver)
+    if package is not None:
+        return _driver_commits_by_itself(driver, _database(connection.dialect.name))
+    detect = getattr(connection.dialect, "detect_autocommit_setting", None)
+    if detect is not None:
+        with contextlib.suppress(NotImplementedError):
+            return bool(detect(driver))
+    return getattr(driver, "autocommit", False) is True
+
+
+def is_duplicate(error: BaseException) -> bool:
+    """True if this is MySQL's refusal of a second row with a unique key, as any of the links raises it."""
+    return any(candidate.args[:1] == (1062,) for candidate in _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = getattr(seen, "orig", None) or seen.__cause__
+
+
+def _driver_commits_by_itself(driver: Any, database: str) -> bool:
+    if database == "sqlite":
+        if driver.in_transaction:
+            return False
+        setting = getattr(driver, "autocommit", -1)  # Python 3.12; -1 is what there was before
+        if setting is True or setting is False:
+            return bool(setting)
+        return driver.isolation_level is None
+    if database == "postgresql":
+        return bool(driver.autocommit) and driver.info.transaction_status == _IDLE
+    if not driver.get_autocommit():
+        return False
+    return not (getattr(driver, "server_status", 0) & _IN_TRANSACTION)
+
+
+def _package_of(driver: object) -> str | None:
+    """The driver's package, if it is one of those that are known."""
+    if isinstance(driver, sqlite3.Connection):
+        return "sqlite3"
+    for base in type(driver).__mro__:
+        package = base.__module__.partition(".")[0]
+        if package in _DRIVERS:
+            return package
+    return None
+
+
+def _database(name: str) -> str:
+    if name not in _DIALECTS:
+        raise ConfigurationError(f"PostgreSQL, MariaDB, MySQL and SQLite are supported, {name} is not")
+    return "mysql" if name == "mariadb" else name
+
+
+@functools.lru_cache(maxsize=256)
+def _prepared(text: str, database: str, style: str) -> Statement:
+    return compiled(text, _DIALECTS[database](paramstyle=style))
+
+
+def _autocommit(cure: str) -> ConfigurationError:
+    return ConfigurationError(
+        "this connection is in autocommit: the row would be durable without the effect that it belongs to, or the "
+        f"effect without the row; {cure}"
+    )
