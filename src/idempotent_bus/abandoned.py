@@ -42,7 +42,7 @@ OnAbandoned = Literal["rerun", "quarantine"] | Callable[[AbandonedRecord], bool]
 
 @dataclass(frozen=True, slots=True)
 class QuarantinedRecord:
-    """What a person is shown. record: the key in hex. since: seconds since the epoch, by the worker's clock."""
+    """What a person is shown. record: the key in hex. attempts: how often the handler was started. since: seconds since the epoch, by the worker's clock."""
 
     record: str
     scope: str
@@ -77,6 +77,6 @@ def quarantined_record(record: Record) -> QuarantinedRecord:
         scope=str(note.get("scope", "")),
         biz_id=str(note.get("biz_id", "")),
         inner_msg_id=note.get("inner_msg_id"),
-        attempts=record.attempts,
+        attempts=int(note.get("attempts", record.attempts)),
         since=float(note.get("since", 0.0)),
     )

@@ -47,7 +47,7 @@ from .results import MAX_RESULT_BYTES
 from .settlement import MessageSettlement, came_back, forbid_acks, was_fetched_without_ack
 from .signing import Trust
 from .stores import StoreSource, store_source
-from .work import Ending, Settlement, Work
+from .work import Ended, Ending, Settlement, Work
 
 __all__ = ["IdempotentHandler", "WorkExecutor", "idempotent_consumer"]
 
@@ -155,6 +155,11 @@ class IdempotentHandler(Generic[P, R]):
         return handler
 
     def __call__(self, body: Any, message: Message) -> R | None:
+        value: R | None = self.handle(body, message).value
+        return value
+
+    def handle(self, body: Any, message: Message) -> Ending:
+        """As calling it, but says how it ended: `Ending.how` tells a replay from a first run."""
         if not isinstance(message, Message):
             raise ConfigurationError(
                 f"{self.scope}: a guarded handler is called by kombu with (body, message); "
@@ -164,10 +169,7 @@ class IdempotentHandler(Generic[P, R]):
         if message.acknowledged or was_fetched_without_ack(message):
             self._refuse_forgotten(message, settle)
         work = self.work(body, message, settle)
-        if work is None:
-            return None
-        value: R | None = self.executor.handle(work).value
-        return value
+        return Ending(Ended.DEAD) if work is None else self.executor.handle(work)
 
     def on_decode_error(self, message: Message, error: Exception) -> None:
         """For kombu's Consumer: a body that cannot be decoded goes to the dead letter as it came."""
@@ -296,8 +298,8 @@ class IdempotentHandler(Generic[P, R]):
 def _in_the_bus_since(message: Message, redrive: int) -> float | None:
     """When the message was published, or moved out of the dead letter; see `Work.published_at`."""
     published = published_at_of(message.headers.get(INNER_MSG_ID_HEADER), message.properties.get("timestamp"))
-    moved = message.headers.get(DEAD_AT)
-    if redrive and published is not None and isinstance(moved, (int, float)):
+    moved = published_at_of(None, message.headers.get(DEAD_AT))  # a header can say anything
+    if redrive and published is not None and moved is not None:
         return max(published, moved)
     return published
 
