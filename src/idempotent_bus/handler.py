@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Generic, Protocol
 
@@ -28,6 +29,7 @@ from .events import Listener, notifier
 from .executor import Executor
 from .headers import DEAD_AT, REDRIVE
 from .headers import INNER_MSG_ID as INNER_MSG_ID_HEADER
+from .home import HandedOver, HomeThread
 from .hooks import Step, direct
 from .identity import (
     INNER_MSG_ID,
@@ -128,6 +130,7 @@ class IdempotentHandler(Generic[P, R]):
         self.dead_letter = dead_letter if dead_letter is not None else f"{scope}.dead"
         self.executor = executor
         self._handler = handler
+        self._homes = threading.local()
         self._biz_id = biz_id
         self._fingerprint = fingerprint
         self._tenant = check_tenant(tenant)
@@ -152,6 +155,7 @@ class IdempotentHandler(Generic[P, R]):
             max_body=self._max_body,
         )
         handler.__wrapped__ = getattr(bound, "__func__", bound)
+        handler._homes = self._homes  # a bound method is a new object each time
         return handler
 
     def __call__(self, body: Any, message: Message) -> R | None:
@@ -165,11 +169,36 @@ class IdempotentHandler(Generic[P, R]):
                 f"{self.scope}: a guarded handler is called by kombu with (body, message); "
                 "to call the plain function, in a test for instance, use its __wrapped__"
             )
+        self.settle_pending()
         settle = self.settlement(message)
         if message.acknowledged or was_fetched_without_ack(message):
             self._refuse_forgotten(message, settle)
         work = self.work(body, message, settle)
-        return Ending(Ended.DEAD) if work is None else self.executor.handle(work)
+        if work is None:
+            return Ending(Ended.DEAD)
+        work.settle = HandedOver(
+            settle,
+            self._home(),
+            is_live=functools.partial(_is_open, message.channel),
+            patience=self.executor.policy.lease,
+        )
+        return self.executor.handle(work)
+
+    def settle_pending(self) -> None:
+        """For a bare kombu callback with `manual=True`: ack what other threads have completed. In the consuming thread.
+
+        Each call of the handler does it too. If neither happens, the message stays unacked until its channel closes;
+        then the broker delivers it again, and its record answers. `IdempotentConsumer` and the worker do it by
+        themselves.
+        """
+        self._home().run_pending()
+
+    def _home(self) -> HomeThread:
+        """The mailbox of this thread."""
+        home: HomeThread | None = getattr(self._homes, "home", None)
+        if home is None:
+            home = self._homes.home = HomeThread()
+        return home
 
     def on_decode_error(self, message: Message, error: Exception) -> None:
         """For kombu's Consumer: a body that cannot be decoded goes to the dead letter as it came."""
@@ -302,6 +331,10 @@ def _in_the_bus_since(message: Message, redrive: int) -> float | None:
     if redrive and published is not None and moved is not None:
         return max(published, moved)
     return published
+
+
+def _is_open(channel: Any) -> bool:
+    return channel.connection is not None and not getattr(channel, "closed", False)
 
 
 def _check_plain(handler: Any) -> None:
