@@ -205,6 +205,11 @@ class Relay:
         self._stopping = True
         self._wakeup.stop()
 
+    @property
+    def stopping(self) -> bool:
+        """True once `stop` was called."""
+        return self._stopping
+
     def run_once(self) -> RelayCounts:
         """Claim one batch of what is due, send it, delete what was confirmed.
 

@@ -20,7 +20,8 @@ from .dialects import Blob, Digest, quoted
 from .errors import ConfigurationError
 from .model import FINGERPRINT_BYTES, KEY_BYTES, NONCE_BYTES
 
-__all__ = ["PARTS", "PREFIX", "create", "ddl", "inbox", "metadata", "missing", "outbox", "records", "tokens"]
+__all__ = ["PARTS", "PREFIX", "create", "ddl", "inbox", "metadata", "missing", "one_at_a_time", "outbox", "records"]
+__all__ += ["statements", "tokens"]
 
 PREFIX: Final = "idempotent_bus_"
 #: What can be had apart: the dedup store's tables, and the inbox's and the outbox's, which live where the effects are.
@@ -210,7 +211,8 @@ def _sequences(tables: sa.MetaData) -> Iterator[sa.Sequence]:
         yield sa.Sequence(name, schema=tables.schema)
 
 
-def _statements(tables: sa.MetaData, dialect: Dialect) -> Iterator[sa.Executable]:
+def statements(tables: sa.MetaData, dialect: Dialect) -> Iterator[sa.Executable]:
+    """Whatever makes the tables, each passing over what is there already (but for an index on MySQL: error 1061)."""
     sequences = has_sequences(dialect)
     if sequences:
         for sequence in _sequences(tables):
@@ -228,10 +230,12 @@ def _statements(tables: sa.MetaData, dialect: Dialect) -> Iterator[sa.Executable
             yield CreateIndex(index, if_not_exists=dialect.name != "mysql" or has_sequences(dialect))
 
 
-def ddl(dialect: Dialect, table_prefix: str = PREFIX, schema: str | None = None) -> list[str]:
+def ddl(
+    dialect: Dialect, table_prefix: str = PREFIX, schema: str | None = None, *, parts: Collection[str] = PARTS
+) -> list[str]:
     """The statements that `create` runs, as text. The dialect of an engine that has connected knows its server."""
-    tables = metadata(table_prefix, schema)
-    made = (str(statement.compile(dialect=dialect)) for statement in _statements(tables, dialect))  # type: ignore[attr-defined]  # every DDL and text element compiles; Executable does not say so
+    tables = metadata(table_prefix, schema, parts=parts)
+    made = (str(statement.compile(dialect=dialect)) for statement in statements(tables, dialect))  # type: ignore[attr-defined]  # every DDL and text element compiles; Executable does not say so
     return [" ".join(text.split()) for text in made]
 
 
@@ -253,10 +257,8 @@ def create(engine: Engine, tables: sa.MetaData, *, patience: float = 2.0) -> Non
             level = {"isolation_level": "READ COMMITTED"} if postgresql else {}
             with engine.connect().execution_options(**level) as connection, connection.begin():
                 if postgresql:
-                    # CREATE ... IF NOT EXISTS looks, then creates: two at once collide in the catalogue. One at a time.
-                    lock = sa.func.hashtext(f"idempotent-bus {tables.schema} {tables.info['prefix']}")
-                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock)))
-                for statement in _statements(tables, engine.dialect):
+                    one_at_a_time(connection, tables)
+                for statement in statements(tables, engine.dialect):
                     connection.execute(statement)
         except sa.exc.DBAPIError:
             # Somebody else created it in between (MySQL's index, SQLite's lock): look again.
@@ -264,6 +266,15 @@ def create(engine: Engine, tables: sa.MetaData, *, patience: float = 2.0) -> Non
                 if missing(connection, tables) and time.monotonic() > deadline:
                     raise
             time.sleep(0.05)
+
+
+def one_at_a_time(connection: sa.Connection, tables: sa.MetaData) -> None:
+    """On PostgreSQL: wait until nobody else makes these tables, and keep others from it until the transaction's end.
+
+    CREATE ... IF NOT EXISTS looks, then creates: two at once collide in the catalogue.
+    """
+    lock = sa.func.hashtext(f"idempotent-bus {tables.schema} {tables.info['prefix']}")
+    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock)))
 
 
 def missing(connection: sa.Connection, tables: sa.MetaData) -> bool:

@@ -129,7 +129,7 @@ def test_keys_are_binary_and_of_fixed_length_everywhere(dialect: sa.Dialect) -> 
     """I10: no collation, padding or type affinity can fold two keys."""
     kind = Digest(16).dialect_impl(dialect).compile(dialect=dialect).upper()
     assert kind in ("UUID", "BINARY(16)", "BLOB")
-    text = " ".join(schema.ddl(dialect)).upper()
+    text = " ".join(schema.ddl(dialect, parts=("store", "inbox"))).upper()
     assert "VARCHAR" not in text
     assert "TEXT" not in text
 

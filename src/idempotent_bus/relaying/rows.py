@@ -141,12 +141,12 @@ class Rows:
 
     def postpone(self, connection: sa.Connection, row: int, *, owner: bytes, later: int, error: str) -> None:
         """Perhaps sent: try again in `later` microseconds, without counting it."""
-        asked = {"id": row, "owner": owner, "later": later, "error": error[:_ERROR_LENGTH]}
+        asked = {"id": row, "owner": owner, "later": later, "error": _shown(error)}
         connection.execute(self._texts["postpone"], asked)
 
     def fail(self, connection: sa.Connection, row: int, *, owner: bytes, later: int, most: int, error: str) -> None:
         """The broker refused it: count, and try again in `later` microseconds, or give up after `most` attempts."""
-        asked = {"id": row, "owner": owner, "later": later, "most": most, "error": error[:_ERROR_LENGTH]}
+        asked = {"id": row, "owner": owner, "later": later, "most": most, "error": _shown(error)}
         connection.execute(self._texts["fail"], asked)
 
     def count(self, connection: sa.Connection, ids: Iterable[int], most: int) -> None:
@@ -221,3 +221,8 @@ def _outbox_row(row: Sequence[Any]) -> OutboxRow:
         options,
         bytes(body),
     )
+
+
+def _shown(error: str) -> str:
+    """What every database takes as text."""
+    return error[:_ERROR_LENGTH].replace("\0", "").encode("utf-8", "replace").decode()
