@@ -153,8 +153,8 @@ class IdempotentConsumer:
 
         `waiting` messages have been brought and have not begun, `in_flight` ones are being handled, `open` ones were
         left to be completed later (`manual=True`), `parked` ones wait here for their next attempt. `last_loop`: when
-        this thread last looked at the broker; without threads a handler holds that up, and `oldest_running` says for how
-        many seconds. `store`: whether the last claim or completion had a clear answer.
+        this thread last looked at the broker; without threads a handler holds that up, for `oldest_running` seconds.
+        `store`: whether the last claim or completion had a clear answer.
         """
         pool, since, down = self._pool, self._handling_since, self._store_down_since
         on_hand = len(self._on_hand)
