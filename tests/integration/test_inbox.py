@@ -41,8 +41,13 @@ class Delivery:
     def wait(self, delay: float) -> None:
         self.answers.append(("wait", delay))
 
-    def dead_letter(self, reason: Reason, error: str, attempts: int) -> None:
+    def dead_letter(self, reason: Reason, error: str, attempts: int) -> bool:
         self.answers.append(("dead", reason, error, attempts))
+        return True
+
+
+#: A policy whose records are soon forgotten.
+BRIEF: Any = {"lease": 0.05, "retention": 0.09, "busy_delay": 0.01, "backoff": Backoff(0.01, 0.02)}
 
 
 class Bench:
@@ -171,24 +176,24 @@ def test_another_body_is_a_conflict(bench: Bench) -> None:
 
 def test_after_its_retention_a_record_is_forgotten_with_its_result(bench: Bench) -> None:
     """A biz-id that comes again after the retention runs again, and leaves no result of the earlier run behind."""
-    made = bench.transactions(lease=0.05, retention=0.05)
+    made = bench.transactions(**BRIEF)
     assert made.handle(bench.work()).value == "card"
-    time.sleep(0.1)
+    time.sleep(0.15)
     assert made.handle(bench.work(lambda connection: None)).how is Ended.COMPLETED
     assert bench.record().result is None
     longer = bench.transactions()
-    time.sleep(0.1)
+    time.sleep(0.15)
     longer.handle(bench.work(lambda connection: None))
     assert longer.handle(bench.work()) == Ending(Ended.REPLAYED, None)
 
 
 def test_purge_deletes_what_is_over_and_nothing_else(bench: Bench) -> None:
     """In bounded batches, until 0 comes back."""
-    brief, long = bench.transactions(lease=0.05, retention=0.05), bench.transactions()
+    brief, long = bench.transactions(**BRIEF), bench.transactions()
     for number in range(5):
         brief.handle(bench.work(biz_id=f"old{number}"))
     long.handle(bench.work(biz_id="new"))
-    time.sleep(0.1)
+    time.sleep(0.15)
     assert [bench.inbox.purge(limit=3), bench.inbox.purge(limit=3), bench.inbox.purge(limit=3)] == [3, 2, 0]
     assert bench.record("new") is not None
 
@@ -196,8 +201,8 @@ def test_purge_deletes_what_is_over_and_nothing_else(bench: Bench) -> None:
 def test_a_purge_spares_a_record_that_is_being_used_again(postgresql: Bench) -> None:
     """I2: a record that is over is completed anew while a purge waits for its row: the purge must look again."""
     bench = postgresql
-    bench.transactions(lease=0.05, retention=0.05).handle(bench.work())
-    time.sleep(0.1)
+    bench.transactions(**BRIEF).handle(bench.work())
+    time.sleep(0.15)
     inside, go_on = threading.Event(), threading.Event()
 
     def slow(connection: sa.Connection) -> None:
@@ -635,7 +640,7 @@ def test_a_pooled_connection_that_died_meanwhile_is_no_failure(postgresql: Bench
         mine.rollback()
         killer.execute(sa.text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
     other.dispose()
-    time.sleep(0.1)
+    time.sleep(0.15)
     assert made.handle(bench.work()).how is Ended.COMPLETED
 
 
