@@ -8,6 +8,9 @@
   record without running, False runs the handler. What it raises counts as a failed attempt; once these are used up the
   record goes to quarantine, or where the store has none, the message to the dead letter, to be probed when redriven.
 
+A handler that cannot tell whether its effect happened (a call timed out) raises `InDoubt`, or an exception of the
+classes that the consumer was given as `in_doubt`, and leaves the record just so.
+
 A claim that was only made ahead of its turn, and whose handler never started, is not abandoned.
 """
 
@@ -42,7 +45,10 @@ OnAbandoned = Literal["rerun", "quarantine"] | Callable[[AbandonedRecord], bool]
 
 @dataclass(frozen=True, slots=True)
 class QuarantinedRecord:
-    """What a person is shown. record: the key in hex. attempts: how often the handler was started. since: seconds since the epoch, by the worker's clock."""
+    """What a person is shown. record: the key in hex. attempts: how often the handler was started.
+
+    since: seconds since the epoch, by the worker's clock.
+    """
 
     record: str
     scope: str

@@ -98,6 +98,13 @@ class Transient(IdempotentBusError):
         self.retry_after = retry_after
 
 
+class InDoubt(IdempotentBusError):
+    """Raise this, or a subclass, from a handler that cannot tell whether its effect happened (a call timed out).
+
+    The claim is ended as abandoned, and the consumer's `on_abandoned` decides: run again, quarantine, or probe.
+    """
+
+
 class LeaseLost(IdempotentBusError):
     """The execution's lease is over, and another one may have taken over: stop, and change nothing more."""
 

@@ -11,7 +11,8 @@ conflict                  dead letter
 older than the retention  dead letter, unless its record is there to tell (I11)
 abandoned                 run again, quarantined or probed, see `abandoned.py`
 attempts used up          dead letter
-handler raised            released with its attempt counted, comes back after the backoff; permanent: dead letter
+handler raised            released with its attempt counted, comes back after the backoff; permanent: dead letter;
+                          in doubt: as if abandoned
 complete's reply lost     asked again with the same hold, which tells the outcome (I15)
 complete refused          somebody took over: not acked, comes back, and then finds their record (I6)
 =======================  ====================================================================================
@@ -27,7 +28,7 @@ from typing import Any
 
 from .abandoned import AbandonedRecord, note_of
 from .claims import Claim, Claims
-from .errors import HandlerAcknowledged, Permanent, StoreError, Transient
+from .errors import HandlerAcknowledged, InDoubt, Permanent, StoreError, Transient
 from .events import Event, EventKind, Notify
 from .execution import LeasedExecution, running
 from .hooks import ACK, COMPLETE, DEAD_LETTER, HANDLER, PROBE, QUARANTINE, RENEW, WAIT, Step, direct
@@ -82,6 +83,7 @@ class Executor:
         self._draw = draw
         self._step = step
         self._permanent: tuple[type[BaseException], ...] = (Permanent, HandlerAcknowledged, *policy.permanent)
+        self._doubtful: tuple[type[BaseException], ...] = (InDoubt, *policy.in_doubt)
 
     def handle(self, work: Work) -> Ending:
         """Claim singly and handle one delivery; settles it, whatever happens, unless the broker's connection fails."""
@@ -325,10 +327,12 @@ class Executor:
             exc_info=error,
         )
         permanent = isinstance(error, self._permanent)
-        if permanent or attempt >= most:
+        doubtful = not permanent and isinstance(error, self._doubtful)
+        decided_later = doubtful and self.policy.on_abandoned != "rerun"
+        if permanent or (attempt >= most and not decided_later):
             execution.ending = self._give_up(work, execution, error, permanent)
             return execution.ending
-        self._claims.release(execution.hold, attempt)
+        self._claims.release(execution.hold, attempt, abandoned=doubtful)
         self._tell(EventKind.RELEASED, work, execution, type(error).__name__)
         delay = error.retry_after if isinstance(error, Transient) else None
         if delay is None:

@@ -262,10 +262,13 @@ class IdempotentHandler(Generic[P, R]):
         except InvalidMessage as error:
             self._refuse(error, settle)
             return None
+        key = record_key(self.scope, biz_id, tenant=self._tenant, producer=producer)
+        if isinstance(settle, MessageSettlement):  # for its dead letter
+            settle.record, settle.fingerprint = key.hex(), None if digest is None else digest.hex()
         return Work(
             scope=self.scope,
             biz_id=biz_id,
-            key=record_key(self.scope, biz_id, tenant=self._tenant, producer=producer),
+            key=key,
             run=functools.partial(self._run, body, message),
             settle=settle,
             fingerprint=digest,
@@ -370,6 +373,7 @@ def idempotent_consumer(
     dead_letter: str | None = None,
     backoffs: Mapping[type[BaseException], Backoff] | None = None,
     on_abandoned: OnAbandoned = "rerun",
+    in_doubt: tuple[type[BaseException], ...] = (),
     max_result: int = MAX_RESULT_BYTES,
     listener: Listener | None = None,
     tenant: str = "",
@@ -388,6 +392,7 @@ def idempotent_consumer(
         handler or, later, by another thread that it gave the execution to. Until then its lease is renewed.
     lease, retention, max_attempts, backoff, backoffs, permanent, busy_delay: see `Policy`; durations in seconds.
     on_abandoned: when a worker died in the middle of the handler: "rerun", "quarantine", or a probe; `abandoned.py`.
+    in_doubt: exception classes after which nobody knows whether the effect happened; treated as abandoned.
     max_result: a result whose JSON has more bytes is not stored, and its duplicates get None.
     listener: is told what happens, see `events.py`.
     dead_letter: the name of a queue; `<scope>.dead` if not given. One that exists is taken as it is.
@@ -408,6 +413,7 @@ def idempotent_consumer(
         permanent=permanent,
         backoffs=backoffs or {},
         on_abandoned=on_abandoned,
+        in_doubt=in_doubt,
     )
     executor = Executor(
         store_source(store), policy, manual=manual, notify=notifier(listener), max_result=max_result, step=step

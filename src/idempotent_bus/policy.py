@@ -56,6 +56,8 @@ class Policy:
     permanent: exception classes that no rerun can mend, beside errors.Permanent.
     on_abandoned: what to do when a worker died in the middle of the handler: "rerun", "quarantine", or a probe; see
         `abandoned.py`.
+    in_doubt: exception classes, beside errors.InDoubt, after which nobody knows whether the effect happened, such as
+        the timeout of a call: they leave the record abandoned too.
     """
 
     lease: float = 60.0
@@ -66,6 +68,7 @@ class Policy:
     permanent: tuple[type[BaseException], ...] = ()
     backoffs: Mapping[type[BaseException], Backoff] = field(default_factory=dict)
     on_abandoned: OnAbandoned = "rerun"
+    in_doubt: tuple[type[BaseException], ...] = ()
 
     def __post_init__(self) -> None:
         # Each is said as what must hold, so that NaN, which fails every comparison, is refused too.
@@ -76,9 +79,11 @@ class Policy:
         _check_attempts(self.max_attempts)
         if not 0 < self.busy_delay < math.inf:
             raise ConfigurationError("busy_delay must be more than 0 seconds, and finite")
-        if not isinstance(self.permanent, tuple) or not all(map(_is_exception, self.permanent)):
-            # Found out only when a handler raised, it would end the consumer in the middle of a failure.
-            raise ConfigurationError("permanent must be a tuple of exception classes")
+        for name in ("permanent", "in_doubt"):
+            classes = getattr(self, name)
+            if not isinstance(classes, tuple) or not all(map(_is_exception, classes)):
+                # Found out only when a handler raised, it would end the consumer in the middle of a failure.
+                raise ConfigurationError(f"{name} must be a tuple of exception classes")
         if not isinstance(self.backoffs, Mapping) or not all(
             _is_exception(kind) and isinstance(backoff, Backoff) for kind, backoff in self.backoffs.items()
         ):

@@ -8,7 +8,7 @@ import pytest
 from fakes import Bench, Killed, SingleStore, answers, hows
 
 from idempotent_bus.abandoned import AbandonedRecord, quarantined_record
-from idempotent_bus.errors import ConfigurationError
+from idempotent_bus.errors import ConfigurationError, InDoubt
 from idempotent_bus.hooks import ABANDON, DEAD_LETTER, HANDLER, PROBE, QUARANTINE
 from idempotent_bus.identity import record_key
 from idempotent_bus.model import Reason, State
@@ -222,6 +222,36 @@ def test_the_lease_is_renewed_while_the_probe_asks() -> None:
     bench = Bench(on_abandoned=slow)
     abandoned(bench)
     assert bench.executor().handle(bench.work(dies, redelivered=True)).how is Ended.REPLAYED
+
+
+class Timeout(Exception):
+    """Of a call to somewhere: it may have arrived."""
+
+
+@pytest.mark.parametrize("error", [InDoubt("no answer"), Timeout()])
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_a_handler_that_cannot_tell_leaves_it_abandoned(error: Exception, attempts: int) -> None:
+    """I2: a call that timed out may have had its effect: by quarantine nothing runs, not even as a last attempt."""
+    bench = Bench(on_abandoned="quarantine", in_doubt=(Timeout,), max_attempts=attempts)
+
+    def doubtful() -> None:
+        raise error
+
+    executor = bench.executor()
+    assert executor.handle(bench.work(doubtful)).how is Ended.FAILED
+    assert executor.handle(bench.work(dies, redelivered=True)).how is Ended.DEAD
+    assert bench.record().state is State.QUARANTINED  # type: ignore[union-attr]
+
+
+def test_in_doubt_under_rerun_is_a_failure_like_any_other() -> None:
+    """I12: attempts are bounded, and the message ends in the dead letter."""
+    bench = Bench(in_doubt=(Timeout,), max_attempts=2)
+
+    def doubtful() -> None:
+        raise Timeout
+
+    executor = bench.executor()
+    assert [executor.handle(bench.work(doubtful)).how for _ in range(2)] == [Ended.FAILED, Ended.DEAD]
 
 
 def test_every_step_of_it_goes_through_a_hook() -> None:
