@@ -11,6 +11,7 @@ from .errors import (
     ConfigurationError,
     HandlerAcknowledged,
     IdempotentBusError,
+    InDoubt,
     InvalidBizId,
     InvalidBody,
     InvalidMessage,
@@ -33,11 +34,13 @@ from .identity import INNER_MSG_ID
 from .model import Edge, Landing, Reason, Receipt
 from .policy import Backoff
 from .producer import IdempotentProducer, PublishManyError, ResendPolicy, idempotent_producer
+from .quarantine import QuarantinedRecord, quarantined, record_of, resolve
 from .signing import Signer, Trust
 from .store import Store
 from .stores import open_store
 from .transports import register as _register
 from .work import Ended, Ending
+from .worker import IdempotentWorker
 
 if TYPE_CHECKING:
     from .inbox import Inbox, transactional_consumer
@@ -60,6 +63,8 @@ __all__ = [
     "IdempotentConsumer",
     "IdempotentHandler",
     "IdempotentProducer",
+    "IdempotentWorker",
+    "InDoubt",
     "Inbox",
     "InvalidBizId",
     "InvalidBody",
@@ -74,6 +79,7 @@ __all__ = [
     "PublishError",
     "PublishManyError",
     "PublishUnknown",
+    "QuarantinedRecord",
     "Reason",
     "Receipt",
     "Rejected",
@@ -91,6 +97,9 @@ __all__ = [
     "idempotent_consumer",
     "idempotent_producer",
     "open_store",
+    "quarantined",
+    "record_of",
+    "resolve",
     "transactional_consumer",
 ]
 
