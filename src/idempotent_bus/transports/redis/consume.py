@@ -160,6 +160,11 @@ class ConsumingChannel(PublishingChannel):
             self.call([self.giveback_command(queue, self.owner, "some", how=how, head=True, numbers=numbers)])[0]
         )
 
+    def put_back(self) -> None:
+        """Give all that was handed out and not settled back, as if it had never been: in its place, not counted."""
+        self.qos.flush()
+        self.qos.restore_unacked(how=0)
+
     def giveback_command(
         self, queue: str, owner: str, which: str, *, how: int, head: bool, numbers: Sequence[int] = ()
     ) -> Command:

@@ -169,14 +169,14 @@ class Hold(virtual.QoS):
 
     # --- giving back ------------------------------------------------------------------------------
 
-    def restore_unacked(self) -> None:
-        """Give back what was handed out and not settled (`basic_recover`)."""
+    def restore_unacked(self, how: int = 1) -> None:
+        """Give back what was handed out and not settled (`basic_recover`). how: 1 marks it redelivered, 0 not."""
         tags: dict[str, list[str]] = {}
         for tag in list(self._delivered):
             tags.setdefault(self.places.get(tag, ("", 0))[0], []).append(tag)
         for queue, mine in tags.items():
             if queue:
-                self.channel.give_back_all(queue, [self.places[tag][1] for tag in mine], how=1)
+                self.channel.give_back_all(queue, [self.places[tag][1] for tag in mine], how=how)
             for tag in mine:
                 self.settle(tag)
 

@@ -61,8 +61,8 @@ class Restorer:
         elif due_in is not None:
             self.soon(due_in)
 
-    def give_back(self, tags: Iterable[str], *, keep_place: bool) -> int:
-        """Delivered messages go back to their queues at once, counted as delivered."""
+    def give_back(self, tags: Iterable[str], *, keep_place: bool, counted: bool = True) -> int:
+        """Delivered messages go back to their queues at once; counted as delivered, unless they were only looked at."""
         held = self._database.tables.held
         wanted = list(tags)
         moved = 0
@@ -71,7 +71,7 @@ class Restorer:
 
             def work(connection: sa.Connection, chosen: Any = chosen) -> int:
                 rows = connection.execute(sa.select(held).where(chosen).with_for_update()).all()
-                return self.move(connection, rows, keep_place=keep_place)
+                return self.move(connection, rows, keep_place=keep_place, counted=counted)
 
             moved += self._database.run(work)
         return moved

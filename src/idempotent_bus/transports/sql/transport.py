@@ -189,6 +189,11 @@ class Channel(kombu_sqla.Channel):
         """
         return bool(self.qos.delay(delivery_tag, delay))
 
+    def put_back(self) -> None:
+        """Give all that was handed out and not settled back, as if it had never been: in its place, not counted."""
+        self._restorer.give_back(self.qos.unsettled(), keep_place=True, counted=False)
+        self.qos.forget()
+
     def _get(self, queue: str, timeout: float | None = None) -> dict[str, Any]:
         return self._take_one(queue, queue in self._no_ack, ahead=True)
 
