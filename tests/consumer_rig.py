@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from kombu import Connection, Consumer, Exchange, Queue
 from kombu.message import Message
 
 import servers
-from idempotent_bus import IdempotentProducer, transports
+from idempotent_bus import IdempotentConsumer, IdempotentProducer, transports
 
 transports.register()
 
@@ -158,6 +160,25 @@ def consume(
     """A plain kombu Consumer with one callback, until the condition holds."""
     with broker.connect() as connection, Consumer(connection, [queue], callbacks=[callback], **options):
         return drain(connection, until, timeout)
+
+
+def fill(broker: Broker, queue: Queue, ids: Any, **body: Any) -> None:
+    """Publish one message for each id."""
+    with IdempotentProducer(broker.connect()) as producer:
+        producer.publish_many([{"id": biz_id, **body} for biz_id in ids], routing_key=queue.name, declare=[queue])
+
+
+@contextmanager
+def running(made: IdempotentConsumer, join: float = 10.0, **options: Any) -> Iterator[threading.Thread]:
+    """`run` in a thread of its own; stopped and joined at the end."""
+    thread = threading.Thread(target=made.run, kwargs=options, daemon=True)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        made.stop()
+        thread.join(join)
+        assert not thread.is_alive(), "run did not return after stop"
 
 
 def poll(until: Callable[[], bool], timeout: float = 10.0) -> bool:

@@ -27,6 +27,7 @@ from kombu.message import Message
 from . import delays
 from .bell import Bell
 from .errors import ConfigurationError
+from .frames import read_everything
 from .handler import IdempotentHandler, WorkExecutor, idempotent_consumer
 from .home import HandedOver, HomeThread
 from .pool import Pool
@@ -192,6 +193,7 @@ class IdempotentConsumer:
                 self._reset()
                 self._state = "connecting"
                 connection = private_copy(self._connection)
+                read_everything(connection)
                 started = time.monotonic()
                 try:
                     connection.ensure_connection(self._on_no_connection, None, 1, 1, 2, self._check_stopped)

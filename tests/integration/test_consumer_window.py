@@ -7,8 +7,6 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ from kombu import Queue
 from kombu.message import Message
 
 import servers
-from consumer_rig import BROKERS, OURS, RABBITMQ, Broker, Log, broker_of, make_broker, on, poll
+from consumer_rig import BROKERS, OURS, RABBITMQ, Broker, Log, broker_of, fill, make_broker, on, poll, running
 from idempotent_bus import (
     Backoff,
     Ended,
@@ -54,24 +52,6 @@ class Counting(MemoryStore):
 
 def consumer(broker: Broker, handlers: Any, **options: Any) -> IdempotentConsumer:
     return IdempotentConsumer(broker.connect(), handlers, **options)
-
-
-def fill(broker: Broker, queue: Queue, ids: Any, **body: Any) -> None:
-    with IdempotentProducer(broker.connect()) as producer:
-        producer.publish_many([{"id": biz_id, **body} for biz_id in ids], routing_key=queue.name, declare=[queue])
-
-
-@contextmanager
-def running(made: IdempotentConsumer, **options: Any) -> Iterator[threading.Thread]:
-    """`run` in a thread of its own; stopped and joined at the end."""
-    thread = threading.Thread(target=made.run, kwargs=options, daemon=True)
-    thread.start()
-    try:
-        yield thread
-    finally:
-        made.stop()
-        thread.join(10)
-        assert not thread.is_alive(), "run did not return after stop"
 
 
 @on(*BROKERS)

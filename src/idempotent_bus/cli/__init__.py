@@ -10,7 +10,7 @@ try:
 except ImportError:  # the library itself needs neither
     sys.exit("idempotent-bus: the command line needs two more packages: pip install 'idempotent-bus[cli]'")
 
-from . import demo, restore
+from . import demo, quarantine, redrive, relay, restore, schema, worker
 
 __all__ = ["main"]
 
@@ -21,6 +21,6 @@ def main() -> None:
     """In a system that must not lose messages, nothing is ever done twice."""
 
 
-for _module in (demo, restore):
+for _module in (demo, quarantine, redrive, relay, restore, schema, worker):
     for _command in _module.COMMANDS:
         main.add_command(_command)
