@@ -40,6 +40,9 @@ _LONGEST_PAUSE: Final = 30.0
 #: Seconds: the pauses of a row that was refused, from its first failure to the longest.
 _FIRST_RETRY: Final = 1.0
 _LONGEST_RETRY: Final = 300.0
+#: Seconds: how long a relay sleeps that writers do not wake, as long as some of them have not committed yet.
+_FIRST_NAP: Final = 0.01
+_LONGEST_NAP: Final = 1.0
 #: The part of a lease after which no further send is begun.
 _USABLE: Final = 0.5
 #: A stream ends after about this part of a lease, so that the time is looked at again.
@@ -148,8 +151,8 @@ class Relay:
         self._unmarked: set[int] = set()
         #: Claimed and not sent, when the database failed: their owner, and their numbers.
         self._owed: tuple[bytes, set[int]] = (b"", set())
-        #: Rows without an answer: it counts against them once the broker has taken others.
-        self._suspects: set[int] = set()
+        #: Rows without an answer, and how often: it counts against them once the broker has taken others.
+        self._suspects: dict[int, int] = {}
         self._broker_failures = 0
         self._rate = 500.0
 
@@ -166,7 +169,7 @@ class Relay:
         total = RelayCounts()
         idle_since = self._clock()
         failures = 0
-        nap = self._poll_interval
+        nap = _FIRST_NAP
         while not self._stopping:
             try:
                 counts = self.run_once()
@@ -185,7 +188,7 @@ class Relay:
                 self._sleep(self._pause(self._broker_failures))
             elif counts.claimed or not counts.exhausted:
                 idle_since = self._clock()
-                nap = min(0.01, self._poll_interval)
+                nap = _FIRST_NAP
                 self._wakeup.unguard()
             else:
                 left = self._poll_interval
@@ -197,7 +200,7 @@ class Relay:
                     continue  # once more, now that nothing can be committed without our hearing of it
                 pause = nap if self._wakeup.listening and not self._wakeup.guarded else self._poll_interval
                 self._wakeup.wait(min(pause, left))
-                nap = min(2 * nap, self._poll_interval)
+                nap = min(2 * nap, _LONGEST_NAP, self._poll_interval)
         return total
 
     def stop(self) -> None:
@@ -329,16 +332,23 @@ class Relay:
 
     def _settle(self, batch: Batch, outcome: Outcome, left: dict[int, OutboxRow]) -> RelayCounts:
         """Write down what came of these rows, in one commit; they are settled then, whatever it says."""
-        away = bool(outcome.unknown) and not outcome.sent
-        self._broker_failures = self._broker_failures + 1 if away else 0
+        # Neither a row that is suspected already nor an error that is not the broker's tells of the broker: it must not
+        # hold up others.
+        new = [row for row, _ in outcome.unknown if row.id not in self._suspects]
+        away = bool(new) and not outcome.sent and not outcome.strange
+        if outcome.sent:
+            self._broker_failures = 0
+        elif away:
+            self._broker_failures += 1
         self._unmarked = {row.id for row in outcome.sent}
         self._step(MARK, self._mark, batch.owner, outcome)
         for row in (*outcome.sent, *(row for row, _ in (*outcome.refused, *outcome.unknown))):
             left.pop(row.id, None)
         self._unmarked = set()
         if outcome.sent:
-            self._suspects = set()
-        self._suspects |= {row.id for row, _ in outcome.unknown}
+            self._suspects = {}
+        for row, _ in outcome.unknown:
+            self._suspects[row.id] = self._suspects.get(row.id, 0) + 1
         for row, text in outcome.refused:
             log.warning("message %s of the outbox was refused: %s", row.inner_msg_id, text)
         if away:
@@ -363,10 +373,7 @@ class Relay:
                 later = self._retry_after(row.attempts)
                 table.fail(connection, row.id, owner=owner, later=later, most=most, error=text)
             for row, text in outcome.unknown:
-                later = max(
-                    round(self._pause(max(1, self._broker_failures)) * _SECOND),
-                    self._retry_after(row.attempts) if row.attempts else 0,
-                )
+                later = self._retry_after(row.attempts + self._suspects.get(row.id, 0))
                 table.postpone(connection, row.id, owner=owner, later=later, error=text)
 
     def _retry_after(self, attempts: int) -> int:

@@ -80,7 +80,7 @@ WHERE id = :id AND owner = :owner;
 -- Rows whose outcome was unknown, and after which the broker took others.
 UPDATE {outbox}
 SET state = CASE WHEN attempts + 1 >= :most THEN 2 ELSE state END, attempts = attempts + 1
-WHERE id IN :ids AND owner IS NULL AND state <> 2;
+WHERE id IN :ids AND state <> 2;
 
 -- name: redrive
 UPDATE {outbox}

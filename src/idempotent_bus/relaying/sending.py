@@ -22,14 +22,15 @@ class Outcome:
     """What came of each row. sent: confirmed; `duplicates` of them the edge had already.
 
     refused: the broker said no, or the row cannot be made a message; with the reason. unknown: no answer came, or the
-    send raised something strange; it may be the broker's fault or the row's. untouched: never sent, the stream ended
-    before.
+    send raised something strange; it may be the broker's fault or the row's. strange: it was the latter. untouched:
+    never sent, the stream ended before.
     """
 
     sent: list[OutboxRow] = field(default_factory=list)
     duplicates: int = 0
     refused: list[tuple[OutboxRow, str]] = field(default_factory=list)
     unknown: list[tuple[OutboxRow, str]] = field(default_factory=list)
+    strange: bool = False
     untouched: list[OutboxRow] = field(default_factory=list)
 
 
@@ -67,6 +68,7 @@ def send(
             outcome.unknown.append((row, str(result)))
         else:
             outcome.refused.append((row, str(result)))
+    outcome.strange = strange is not None
     rest = made[len(results) :]
     if strange is not None and rest and not outcome.unknown:
         # It was raised while the next message was made or sent: that row's doing, or the broker's.
