@@ -6,23 +6,27 @@ in braces: Redis Cluster hashes only what stands in braces. Beside the records o
 counter never expires: that is what makes tokens grow past the end of a record. One counter per record would never
 vanish, and one for all records would have to be in the same slot as all of them. A token is the larger of counter + 1
 and the server's time in microseconds (a 16-digit number: fence with a BIGINT column), so that tokens also grow past a
-counter that was lost. They repeat only if the counter is lost *and* the clock has gone back.
+counter that was lost. They repeat only if the counter is lost *and* the clock has gone back. A quarantined record does
+not expire, and its key is in its slot's index as well, the sorted set `{prefix}{<slot>}:quarantine`: listing them reads
+256 indexes, one script (in Cluster one per slot), and never scans the keys. An index that is empty is not there.
 
 **What it costs.** A completed record without a result takes 136 bytes (`MEMORY USAGE`; Redis 7.0, default prefix),
-plus its result, plus the entry in the table of expiries; all counters together take 18 KiB at most.
+plus its result, plus the entry in the table of expiries; all counters together take 18 KiB at most. A quarantined one
+takes its note and about 40 bytes for the index more.
 
 **What to know about the server.** A record is as durable as the server makes it. `appendonly yes` with `appendfsync
 everysec` survives the death of the process; the loss of the machine can cost the last second. Asynchronous
 replication can lose what a failover did not carry over: a completion that is lost lets a duplicate run again. A
 `maxmemory-policy` that evicts drops records silently and is refused at the first use. A server that is full refuses
-new claims, while what already runs can still be renewed, completed and released. Leases and retention go by the
-server's clock: set it by slewing, not by leaps.
+new claims, while what already runs can still be renewed, completed, released, abandoned and quarantined, and a person
+can resolve. Leases and retention go by the server's clock: set it by slewing, not by leaps.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 import struct
 from collections import defaultdict
 from collections.abc import Sequence
@@ -53,6 +57,7 @@ from ..model import (
     Completed,
     Conflict,
     Hold,
+    Quarantined,
     Record,
     State,
 )
@@ -75,6 +80,8 @@ _HAS_FINGERPRINT, _HAS_RESULT = 8, 16
 _MAX_COUNT = 2**32 - 1
 # Longer durations are cut to 30 years: now + lease + retention must stay exact in Lua's doubles.
 _MAX_SECONDS = 30 * 365 * 86400.0
+# Quarantined records that one script looks at.
+_PAGE = 1000
 
 
 class Script:
@@ -187,6 +194,47 @@ class RedisStore:
         values = [_owner(hold), _milliseconds(retention), _count(attempts)]
         return bool(self._run("release", [self._key(hold.key)], values) == 1)
 
+    def abandon(self, hold: Hold, /, *, attempts: int, retention: float) -> bool:
+        values = [_owner(hold), _milliseconds(retention), _count(attempts)]
+        return bool(self._run("abandon", [self._key(hold.key)], values) == 1)
+
+    def quarantine(self, hold: Hold, /, *, note: bytes) -> bool:
+        keys = [self._key(hold.key), self._index(hold.key[0])]
+        return bool(self._run("quarantine", keys, [_owner(hold), hold.key, note]) == 1)
+
+    def quarantined(self, *, limit: int = 100, after: bytes = b"") -> list[Record]:
+        """As `QuarantineStore.quarantined`; entries of an index without a quarantined record are taken out of it."""
+        found: list[Record] = []
+        while len(found) < limit:
+            keys = self._indexed(min(limit - len(found), _PAGE), after)
+            if not keys:
+                break
+            found += self._still_quarantined(keys)
+            after = keys[-1]
+        return found
+
+    def _indexed(self, limit: int, after: bytes) -> list[bytes]:
+        """The next keys in the indexes: the order of the slots, and of the keys within each, is that of the keys."""
+        slots = list(range(after[0] if after else 0, 256))
+        keys: list[bytes] = []
+        for some in [[slot] for slot in slots] if self._clustered else [slots]:
+            if len(keys) < limit:
+                keys += self._run("indexed", [self._index(slot) for slot in some], [b"(" + after, limit - len(keys)])
+        return keys
+
+    def _still_quarantined(self, keys: list[bytes]) -> list[Record]:
+        shown: dict[int, bytes | None] = {}
+        for numbers in self._together(keys):
+            some = [keys[number] for number in numbers]
+            places = [place for key in some for place in (self._key(key), self._index(key[0]))]
+            shown.update(zip(numbers, self._run("quarantined", places, some), strict=True))
+        return [_record(key, text, -1, 0) for number, key in enumerate(keys) if (text := shown[number]) is not None]
+
+    def resolve(self, key: bytes, /, *, completed: bool, retention: float) -> bool:
+        """As `QuarantineStore.resolve`. Sent again by the driver after a lost reply, it knows its own work."""
+        values = [key, int(completed), _milliseconds(retention), os.urandom(NONCE_BYTES)]
+        return bool(self._run("resolve", [self._key(key), self._index(key[0])], values) == 1)
+
     def lookup(self, key: bytes, /) -> Record | None:
         reply = self._run("lookup", [self._key(key)], [])
         return None if reply is None else _record(key, *reply)
@@ -201,6 +249,9 @@ class RedisStore:
 
     def _key(self, key: bytes) -> bytes:
         return self._slot(key) + key
+
+    def _index(self, slot: int) -> bytes:
+        return self._slot(bytes([slot])) + b"quarantine"
 
     def _together(self, keys: Sequence[bytes]) -> list[list[int]]:
         """The entries of a batch by the scripts that may do them: all in one, or in Cluster one per slot."""
@@ -284,6 +335,8 @@ def _outcome(reply: bytes) -> ClaimOutcome:
         return Busy(int.from_bytes(reply[1:], "big") / 1_000_000)
     if kind == b"X":
         return Conflict(State(reply[1]))
+    if kind == b"Q":
+        return Quarantined()
     return Completed(reply[1:] if kind == b"R" else None)
 
 

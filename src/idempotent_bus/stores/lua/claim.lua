@@ -5,7 +5,7 @@
 --         45 wishes: 1 to reserve + 8 if there is a fingerprint (as in a record's flags)
 -- returns one string per entry, packed likewise: a letter, then
 --         C claimed, T taken over: token (8 bytes), attempt (4); B busy: us until the lease ends (8);
---         R completed: the result; N completed without a result; X conflict: the state (1)
+--         R completed: the result; N completed without a result; Q quarantined; X conflict: the state (1)
 
 local now = server_time()
 
@@ -42,6 +42,9 @@ local function claim(key, counter, request)
     if state == COMPLETED then
       return has(record, HAS_RESULT) and 'R' .. string.sub(record, 42) or 'N'
     end
+    if state == QUARANTINED then
+      return 'Q'
+    end
     if held then
       local left = number8(record, 42) - now
       if left > 0 then
@@ -54,7 +57,8 @@ local function claim(key, counter, request)
     else
       redrive = redriven
     end
-    if state == IN_PROGRESS then
+    -- A reservation that lapsed never started, but what it had taken over may have been done.
+    if state == IN_PROGRESS or (held and has(record, TAKEN_OVER)) then
       won = 'T'
     end
   end

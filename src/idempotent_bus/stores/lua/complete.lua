@@ -4,7 +4,7 @@
 -- returns 1 completed, 0 ownership was lost
 
 local record = redis.call('GET', KEYS[1])
-if not owned(record, ARGV[1]) or state_of(record) == RELEASED then
+if not owned(record, ARGV[1]) or state_of(record) == RELEASED or state_of(record) == QUARANTINED then
   return 0
 end
 if state_of(record) ~= COMPLETED then

@@ -1,17 +1,18 @@
 -- How a record lies in Redis, and helpers over it. Put before every script of this folder.
 --
 -- One string per record, numbers big-endian, positions from 1 as Lua counts:
---   1      flags: state (1 reserved, 2 in progress, 3 completed, 4 released) + 8 if there is a fingerprint
---          + 16 if there is a result + 32 if a held record was taken over; the two highest bits are the format's
---          version, 0
+--   1      flags: state (1 reserved, 2 in progress, 3 completed, 4 released, 5 quarantined) + 8 if there is a
+--          fingerprint + 16 if there is a result or a note + 32 if a held record was taken over; the two highest bits
+--          are the format's version, 0
 --   2-9    token       10-25  nonce (2-25 together are the hold that owners are compared by)
 --   26-33  fingerprint, zeros if there is none
 --   34-37  attempts    38-41  redrive
---   42-    held: when the lease ends, in microseconds, 8 bytes; completed: the result; released: nothing
+--   42-    held: when the lease ends, in microseconds, 8 bytes; completed: the result;
+--          quarantined: the note; released: nothing
 -- 41 bytes and no more while there is no result: up to 44 Redis keeps value and object in one allocation.
--- The key's own expiry is the retention.
+-- The key's own expiry is the retention; a quarantined record has none, and an entry in its slot's index.
 
-local RESERVED, IN_PROGRESS, COMPLETED, RELEASED = 1, 2, 3, 4
+local RESERVED, IN_PROGRESS, COMPLETED, RELEASED, QUARANTINED = 1, 2, 3, 4, 5
 local HAS_FINGERPRINT, HAS_RESULT, TAKEN_OVER = 8, 16, 32
 
 -- The server's time in microseconds: exact in a double until the year 2255.

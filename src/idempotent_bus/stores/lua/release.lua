@@ -4,7 +4,7 @@
 -- returns 1 released, 0 ownership was lost
 
 local record = redis.call('GET', KEYS[1])
-if not owned(record, ARGV[1]) or state_of(record) == COMPLETED then
+if not owned(record, ARGV[1]) or state_of(record) == COMPLETED or state_of(record) == QUARANTINED then
   return 0
 end
 local flags = RELEASED + (has(record, HAS_FINGERPRINT) and HAS_FINGERPRINT or 0)
