@@ -10,6 +10,7 @@ A claim is one atomic statement whose update applies only if the record may be c
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import socket
@@ -26,7 +27,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from .. import schema as schema_module
 from ..dialects import is_contention
 from ..errors import StoreUnavailable
-from ..model import ClaimOutcome, ClaimRequest, Hold, Record, State
+from ..model import NONCE_BYTES, ClaimOutcome, ClaimRequest, Hold, Record, State
 from ..schema import PREFIX
 from .sql_engine import SOCKET, Watchdog, open_engine
 from .sql_flavours import Flavour, Unsettled, Work, choose, microseconds
@@ -74,7 +75,8 @@ class SQLStore:
     After a fork the child drops the pool's connections without closing them, as it must.
     table_prefix, schema, create: as for `open_sql`. timeout: seconds within which a call may be tried again.
 
-    It is a BatchStore, a LookupStore and a PurgeStore too.
+    It is a BatchStore, a LookupStore, a PurgeStore and a QuarantineStore too. Quarantined records stand together at the
+    end of the purge index: finding them reads nothing else, and needs no index of its own. Each verb is one statement.
     """
 
     def __init__(
@@ -141,24 +143,37 @@ class SQLStore:
             lambda flavour, work: work.count("release", **flavour.hold(hold), attempts=attempts, retention=kept) == 1
         )
 
+    def abandon(self, hold: Hold, /, *, attempts: int, retention: float) -> bool:
+        """As `Store.abandon`."""
+        kept = microseconds(retention)
+        return self._perform(
+            lambda flavour, work: work.count("abandon", **flavour.hold(hold), attempts=attempts, retention=kept) == 1
+        )
+
+    def quarantine(self, hold: Hold, /, *, note: bytes) -> bool:
+        """As `QuarantineStore.quarantine`."""
+        return self._perform(lambda flavour, work: work.count("quarantine", **flavour.hold(hold), note=note) == 1)
+
+    def quarantined(self, *, limit: int = 100, after: bytes = b"") -> list[Record]:
+        """As `QuarantineStore.quarantined`."""
+        rows = self._perform(lambda flavour, work: flavour.quarantined(work, limit, after))
+        return [_record(key, row) for key, row in rows]
+
+    def resolve(self, key: bytes, /, *, completed: bool, retention: float) -> bool:
+        """As `QuarantineStore.resolve`. Asked again by itself after a lost connection, it knows its own work."""
+        state = int(State.COMPLETED if completed else State.RELEASED)
+        nonce, kept = os.urandom(NONCE_BYTES), microseconds(retention)
+
+        def act(flavour: Flavour, work: Work) -> bool:
+            named = {"key": flavour.digest(key), "nonce": flavour.digest(nonce)}
+            return work.count("resolve", **named, state=state, retention=kept) == 1
+
+        return self._perform(act)
+
     def lookup(self, key: bytes, /) -> Record | None:
         """As `LookupStore.lookup`."""
         rows = self._perform(lambda flavour, work: work.rows("lookup", key=flavour.digest(key)))
-        if not rows:
-            return None
-        state, token, attempts, redrive, lease_left, retention_left, fingerprint, result = rows[0]
-        held = state in (State.RESERVED, State.IN_PROGRESS)
-        return Record(
-            key=key,
-            state=State(state),
-            token=token,
-            attempts=attempts,
-            redrive=redrive,
-            lease_left=max(0.0, lease_left / 1_000_000) if held else 0.0,
-            retention_left=max(0.0, retention_left / 1_000_000),
-            fingerprint=None if fingerprint is None else bytes(fingerprint),
-            result=None if result is None else bytes(result),
-        )
+        return _record(key, rows[0]) if rows else None
 
     def purge(self, *, limit: int = 1000) -> int:
         """As `PurgeStore.purge`; a record that somebody is using is passed over where the database can (not SQLite)."""
@@ -268,6 +283,22 @@ def _in_child() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
     os.register_at_fork(after_in_child=_in_child)
+
+
+def _record(key: bytes, row: Sequence[Any]) -> Record:
+    state, token, attempts, redrive, lease_left, retention_left, fingerprint, result = row
+    held = state in (State.RESERVED, State.IN_PROGRESS)
+    return Record(
+        key=key,
+        state=State(state),
+        token=token,
+        attempts=attempts,
+        redrive=redrive,
+        lease_left=max(0.0, lease_left / 1_000_000) if held else 0.0,
+        retention_left=math.inf if state == State.QUARANTINED else max(0.0, retention_left / 1_000_000),
+        fingerprint=None if fingerprint is None else bytes(fingerprint),
+        result=None if result is None else bytes(result),
+    )
 
 
 def _drop(connection: PoolProxiedConnection) -> None:

@@ -10,12 +10,15 @@ from sqlalchemy.engine import Dialect
 
 from .. import schema
 from ..dialects import NOW_US, Statement, compiled, load_texts, quoted
-from ..model import Busy, Claimed, ClaimOutcome, ClaimRequest, Completed, Conflict, Hold, State
+from ..model import KEY_BYTES, Busy, Claimed, ClaimOutcome, ClaimRequest, Completed, Conflict, Hold, Quarantined, State
 
 __all__ = ["Flavour", "Unsettled", "Work", "choose", "microseconds"]
 
 #: How often a refused claim looks again when the reason is gone by the time it looks.
 _ROUNDS: Final = 20
+#: The end of time, in microseconds: a quarantined record is kept until then, by both of its columns. No retention comes
+#: near it, so that the purge index finds the quarantined ones too.
+FAR: Final = 2**62
 #: Claims per statement on MariaDB and MySQL, far below any limit of a packet.
 _CHUNK: Final = 200
 
@@ -98,7 +101,7 @@ class Flavour:
     def _load(self, tables: sa.MetaData, **fill: str) -> dict[str, str]:
         records = quoted(self.dialect, schema.records(tables))
         tokens = quoted(self.dialect, schema.tokens(tables, self.dialect))
-        fill = {"records": records, "tokens": tokens, "now": NOW_US[self.file], **fill}
+        fill = {"records": records, "tokens": tokens, "now": NOW_US[self.file], "far": str(FAR), **fill}
         return load_texts(__package__, f"sql/{self.file}.sql", fill)
 
     def digest(self, value: bytes) -> Any:
@@ -144,6 +147,14 @@ class Flavour:
             for hold in sorted(holds, key=lambda hold: hold.key)
         }
         return [kept[hold] for hold in holds]
+
+    def quarantined(self, work: Work, limit: int, after: bytes) -> list[tuple[bytes, Sequence[Any]]]:
+        """As `QuarantineStore.quarantined`: each key, and the columns that `lookup` gives."""
+        first = _behind(after)
+        if first is None or limit <= 0:
+            return []
+        rows = work.rows("quarantined", first=self.digest(first), limit=limit)
+        return [(_bytes(row[8]), row[:8]) for row in rows]
 
     def purge(self, work: Work, limit: int) -> int:
         """As `PurgeStore.purge`."""
@@ -348,7 +359,17 @@ def _refusal(
         return Conflict(State(state))
     if state == State.COMPLETED:
         return Completed(None if result is None else bytes(result))
+    if state == State.QUARANTINED:
+        return Quarantined()
     return Busy(lease_left / 1_000_000) if lease_left > 0 else None
+
+
+def _behind(after: bytes) -> bytes | None:
+    """The first possible key behind `after`, which may be shorter than a key; None if there is none."""
+    if len(after) < KEY_BYTES:
+        return after.ljust(KEY_BYTES, b"\0")
+    number = int.from_bytes(after[:KEY_BYTES], "big") + 1
+    return number.to_bytes(KEY_BYTES, "big") if number < 1 << 8 * KEY_BYTES else None
 
 
 def _bytes(value: Any) -> bytes:

@@ -1,8 +1,9 @@
 -- The dedup store on MariaDB and MySQL, in READ COMMITTED.
 --
 -- Parameters: key, nonce, token, lease and retention in microseconds. {now} is the clock, read when evaluated.
--- State: 1 reserved, 2 in progress, 3 completed, 4 released.
--- Flags: bit 0: the claim took over from one that had started. The rest is the verdict on the last claim:
+-- State: 1 reserved, 2 in progress, 3 completed, 4 released, 5 quarantined (its kept_until and purge_after are {far}).
+-- Flags: bit 0: the claim took over from one that had started, or from a reservation with this bit. The rest is the
+-- verdict on the last claim:
 -- 0 refused, 2 ours already, 4 nothing was there (or it was forgotten), 6 taken over.
 
 -- name: claim
@@ -21,7 +22,7 @@ ON DUPLICATE KEY UPDATE
                WHEN state IN (1, 2) AND nonce = VALUES(nonce) THEN 2 + flags % 2
                WHEN state <> 4 AND fingerprint <> VALUES(fingerprint) THEN flags % 2
                WHEN state = 4 THEN 6
-               WHEN state IN (1, 2) AND lease_ends <= {now} THEN 6 + (state = 2)
+               WHEN state IN (1, 2) AND lease_ends <= {now} THEN 6 + (state = 2 OR flags % 2 = 1)
                ELSE flags % 2 END,
   token = IF(flags >= 4, {next_token}, token),
   nonce = IF(flags >= 4, VALUES(nonce), nonce),
@@ -83,6 +84,32 @@ UPDATE {records}
 SET state = 4, attempts = :attempts, kept_until = {now} + :retention,
     purge_after = LEAST(purge_after, {now} + :retention)
 WHERE record_key = :key AND token = :token AND nonce = :nonce AND kept_until > {now} AND state IN (1, 2, 4);
+
+-- name: abandon
+UPDATE {records}
+SET state = 2, attempts = :attempts, lease_ends = {now}, kept_until = {now} + :retention,
+    purge_after = LEAST(purge_after, {now} + :retention)
+WHERE record_key = :key AND token = :token AND nonce = :nonce AND kept_until > {now} AND state IN (1, 2);
+
+-- name: quarantine
+-- `result` before `state`: assignments are made from left to right. `lease_ends` means nothing here, but a repeat must
+-- change something: on an engine with a `creator` of the user's, PyMySQL counts only rows that were changed.
+UPDATE {records}
+SET result = IF(state = 5, result, :note), state = 5, kept_until = {far}, purge_after = {far}, lease_ends = {now}
+WHERE record_key = :key AND token = :token AND nonce = :nonce AND kept_until > {now} AND state IN (1, 2, 5);
+
+-- name: resolve
+-- The nonce is this call's own: it knows its work again if it was done and the answer lost, and whoever put the record
+-- into quarantine has no say any more.
+UPDATE {records}
+SET state = :state, attempts = IF(:state = 3, attempts, 0), nonce = :nonce, result = NULL,
+    kept_until = {now} + :retention, purge_after = {now} + :retention
+WHERE record_key = :key AND (state = 5 OR (state IN (3, 4) AND nonce = :nonce));
+
+-- name: quarantined
+-- By the purge index, which has the key at its end.
+SELECT state, token, attempts, redrive, lease_ends - {now}, kept_until - {now}, fingerprint, result, record_key
+FROM {records} WHERE purge_after = {far} AND state = 5 AND record_key >= :first ORDER BY record_key LIMIT :limit;
 
 -- name: lookup
 SELECT state, token, attempts, redrive, lease_ends - {now}, kept_until - {now}, fingerprint, result

@@ -1,7 +1,8 @@
 -- The dedup store on PostgreSQL. Every statement is a transaction of its own, in READ COMMITTED.
 --
 -- Parameters: key, nonce (uuid), token, lease and retention in microseconds. {now} is the clock, read when evaluated.
--- State: 1 reserved, 2 in progress, 3 completed, 4 released. Flags: 1 if the claim took over from one that had started.
+-- State: 1 reserved, 2 in progress, 3 completed, 4 released, 5 quarantined. Flags: 1 if the claim took over from one that
+-- had started, or from a reservation with this flag. {far} is the end of time: kept_until and purge_after while quarantined.
 
 -- name: claim
 -- One row (key, token, attempts, state, flags) if the record is ours now, else none.
@@ -39,7 +40,8 @@ ON CONFLICT (record_key) DO UPDATE SET
     SELECT EXCLUDED.nonce,
            CASE WHEN was.ours THEN r.token ELSE {next_token} END,
            CASE WHEN was.ours THEN r.state ELSE EXCLUDED.state END,
-           CAST(CASE WHEN was.ours THEN r.flags WHEN was.forgotten THEN 0 WHEN r.state = 2 THEN 1 ELSE 0 END AS smallint),
+           CAST(CASE WHEN was.ours THEN r.flags WHEN was.forgotten THEN 0 WHEN r.state = 2 THEN 1
+                     WHEN r.state = 1 THEN r.flags ELSE 0 END AS smallint),
            CASE WHEN was.ours THEN r.attempts
                 WHEN was.forgotten OR EXCLUDED.redrive > r.redrive THEN EXCLUDED.attempts
                 ELSE r.attempts + EXCLUDED.attempts END,
@@ -117,6 +119,39 @@ SET state = 4, attempts = CAST(:attempts AS integer), kept_until = clock.now + C
 FROM (SELECT {now} AS now) AS clock
 WHERE record_key = CAST(:key AS uuid) AND token = :token AND nonce = CAST(:nonce AS uuid)
   AND kept_until > clock.now AND state IN (1, 2, 4);
+
+-- name: abandon
+UPDATE {records} AS r
+SET state = 2, attempts = CAST(:attempts AS integer), lease_ends = clock.now,
+    kept_until = clock.now + CAST(:retention AS bigint),
+    purge_after = least(purge_after, clock.now + CAST(:retention AS bigint))
+FROM (SELECT {now} AS now) AS clock
+WHERE record_key = CAST(:key AS uuid) AND token = :token AND nonce = CAST(:nonce AS uuid)
+  AND kept_until > clock.now AND state IN (1, 2);
+
+-- name: quarantine
+UPDATE {records}
+SET state = 5, result = CASE WHEN state = 5 THEN result ELSE CAST(:note AS bytea) END, kept_until = {far},
+    purge_after = {far}
+WHERE record_key = CAST(:key AS uuid) AND token = :token AND nonce = CAST(:nonce AS uuid)
+  AND kept_until > {now} AND state IN (1, 2, 5);
+
+-- name: resolve
+-- The nonce is this call's own: it knows its work again if it was done and the answer lost, and whoever put the record
+-- into quarantine has no say any more.
+UPDATE {records}
+SET state = CAST(:state AS smallint), attempts = CASE WHEN CAST(:state AS smallint) = 3 THEN attempts ELSE 0 END,
+    nonce = CAST(:nonce AS uuid), result = NULL, kept_until = {now} + CAST(:retention AS bigint),
+    purge_after = {now} + CAST(:retention AS bigint)
+WHERE record_key = CAST(:key AS uuid) AND (state = 5 OR (state IN (3, 4) AND nonce = CAST(:nonce AS uuid)));
+
+-- name: quarantined
+-- By the purge index. Materialized, or the order by key might tempt the planner to walk all records in that order.
+WITH kept AS MATERIALIZED (SELECT * FROM {records} WHERE purge_after = {far} AND state = 5)
+SELECT r.state, r.token, r.attempts, r.redrive, r.lease_ends - clock.now, r.kept_until - clock.now, r.fingerprint,
+       r.result, r.record_key
+FROM (SELECT {now} AS now) AS clock, kept AS r
+WHERE r.record_key >= CAST(:first AS uuid) ORDER BY r.record_key LIMIT :limit;
 
 -- name: lookup
 SELECT r.state, r.token, r.attempts, r.redrive, r.lease_ends - clock.now, r.kept_until - clock.now, r.fingerprint,

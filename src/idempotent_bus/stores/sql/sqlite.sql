@@ -1,7 +1,8 @@
 -- The dedup store on SQLite. One writer at a time: what is between BEGIN IMMEDIATE and COMMIT is alone in the file.
 --
 -- Parameters: key, nonce, token, lease and retention in microseconds. {now} is one moment within a statement.
--- State: 1 reserved, 2 in progress, 3 completed, 4 released. Flags: 1 if the claim took over from one that had started.
+-- State: 1 reserved, 2 in progress, 3 completed, 4 released, 5 quarantined. Flags: 1 if the claim took over from one that
+-- had started, or from a reservation with this flag. {far} is the end of time: kept_until and purge_after while quarantined.
 
 -- name: claim
 -- One row (key, token, attempts, state, flags) if the record is ours now, else none. `draw` must follow in the same
@@ -15,7 +16,7 @@ ON CONFLICT (record_key) DO UPDATE SET
   nonce = excluded.nonce,
   token = CASE WHEN {ours} THEN r.token ELSE excluded.token END,
   state = CASE WHEN {ours} THEN r.state ELSE excluded.state END,
-  flags = CASE WHEN {ours} THEN r.flags WHEN {forgotten} THEN 0 WHEN r.state = 2 THEN 1 ELSE 0 END,
+  flags = CASE WHEN {ours} THEN r.flags WHEN {forgotten} THEN 0 WHEN r.state = 2 THEN 1 WHEN r.state = 1 THEN r.flags ELSE 0 END,
   attempts = CASE WHEN {ours} THEN r.attempts
                   WHEN {forgotten} OR excluded.redrive > r.redrive THEN excluded.attempts
                   ELSE r.attempts + excluded.attempts END,
@@ -72,6 +73,32 @@ UPDATE {records}
 SET state = 4, attempts = :attempts, kept_until = {now} + :retention,
     purge_after = min(purge_after, {now} + :retention)
 WHERE record_key = :key AND token = :token AND nonce = :nonce AND kept_until > {now} AND state IN (1, 2, 4);
+
+-- name: abandon
+UPDATE {records}
+SET state = 2, attempts = :attempts, lease_ends = {now}, kept_until = {now} + :retention,
+    purge_after = min(purge_after, {now} + :retention)
+WHERE record_key = :key AND token = :token AND nonce = :nonce AND kept_until > {now} AND state IN (1, 2);
+
+-- name: quarantine
+UPDATE {records}
+SET result = CASE WHEN state = 5 THEN result ELSE :note END, state = 5, kept_until = {far}, purge_after = {far}
+WHERE record_key = :key AND token = :token AND nonce = :nonce AND kept_until > {now} AND state IN (1, 2, 5);
+
+-- name: resolve
+-- The nonce is this call's own: it knows its work again if it was done and the answer lost, and whoever put the record
+-- into quarantine has no say any more.
+UPDATE {records}
+SET state = :state, attempts = CASE WHEN :state = 3 THEN attempts ELSE 0 END, nonce = :nonce, result = NULL,
+    kept_until = {now} + :retention, purge_after = {now} + :retention
+WHERE record_key = :key AND (state = 5 OR (state IN (3, 4) AND nonce = :nonce));
+
+-- name: quarantined
+-- By the purge index, which has the key at its end.
+SELECT r.state, r.token, r.attempts, r.redrive, r.lease_ends - clock.now, r.kept_until - clock.now, r.fingerprint,
+       r.result, r.record_key
+FROM (SELECT {now} AS now) AS clock, {records} AS r
+WHERE r.purge_after = {far} AND r.state = 5 AND r.record_key >= :first ORDER BY r.record_key LIMIT :limit;
 
 -- name: lookup
 SELECT r.state, r.token, r.attempts, r.redrive, r.lease_ends - clock.now, r.kept_until - clock.now, r.fingerprint,
