@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..model import Busy, Claimed, ClaimOutcome, ClaimRequest, Completed, Conflict, Hold, Quarantined, Record, State
+from ..model import (
+    NONCE_BYTES,
+    Busy,
+    Claimed,
+    ClaimOutcome,
+    ClaimRequest,
+    Completed,
+    Conflict,
+    Hold,
+    Quarantined,
+    Record,
+    State,
+)
 
 __all__ = ["MemoryStore", "open_memory"]
 
@@ -172,10 +185,9 @@ class MemoryStore:
 
     def quarantined(self, *, limit: int = 100, after: bytes = b"") -> list[Record]:
         with self._lock:
-            keys = sorted(
-                key for key, entry in self._entries.items() if entry.state is State.QUARANTINED and key > after
-            )[:limit]
-        return [record for key in keys if (record := self.lookup(key)) is not None]
+            now = self._clock()
+            waiting = (key for key, entry in self._entries.items() if entry.state is State.QUARANTINED)
+            return [self._record(key, now) for key in sorted(key for key in waiting if key > after)[: max(limit, 0)]]
 
     def resolve(self, key: bytes, /, *, completed: bool, retention: float) -> bool:
         with self._lock:
@@ -183,6 +195,7 @@ class MemoryStore:
             if entry is None or entry.state is not State.QUARANTINED:
                 return False
             entry.state = State.COMPLETED if completed else State.RELEASED
+            entry.nonce = os.urandom(NONCE_BYTES)  # whoever put it there has no say any more
             entry.attempts = entry.attempts if completed else 0
             entry.result = None
             entry.kept_until = self._clock() + retention
@@ -192,20 +205,21 @@ class MemoryStore:
         with self._lock:
             now = self._clock()
             entry = self._entries.get(key)
-            if entry is None or entry.kept_until <= now:
-                return None
-            held = entry.state in _HELD
-            return Record(
-                key=key,
-                state=entry.state,
-                token=entry.token,
-                attempts=entry.attempts,
-                redrive=entry.redrive,
-                lease_left=max(0.0, entry.lease_ends - now) if held else 0.0,
-                retention_left=entry.kept_until - now,
-                fingerprint=entry.fingerprint,
-                result=entry.result,
-            )
+            return None if entry is None or entry.kept_until <= now else self._record(key, now)
+
+    def _record(self, key: bytes, now: float) -> Record:
+        entry = self._entries[key]
+        return Record(
+            key=key,
+            state=entry.state,
+            token=entry.token,
+            attempts=entry.attempts,
+            redrive=entry.redrive,
+            lease_left=max(0.0, entry.lease_ends - now) if entry.state in _HELD else 0.0,
+            retention_left=entry.kept_until - now,
+            fingerprint=entry.fingerprint,
+            result=entry.result,
+        )
 
     def purge(self, *, limit: int = 1000) -> int:
         with self._lock:
