@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from .errors import ConfigurationError, StoreError
+from .failing import doubt_pause
 from .hooks import ABANDON, CLAIM, RELEASE, Step
 from .model import NONCE_BYTES, Claimed, ClaimOutcome, ClaimRequest, Hold
 from .policy import Policy
@@ -24,8 +25,6 @@ log = logging.getLogger(__name__)
 _TRIES: Final = 2
 #: How many nonces of claims in doubt are remembered.
 _MOST_DOUBTFUL: Final = 10_000
-#: While the store gives no answer, messages are put off for longer and longer, up to so many seconds.
-_LONGEST_DOUBT: Final = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +151,7 @@ class Claims:
 
     def pause(self) -> float:
         """How long to put a message off that is in doubt, in seconds: longer while the store keeps silent."""
-        longest = max(_LONGEST_DOUBT, self._policy.busy_delay)
-        return min(self._policy.busy_delay * 2.0 ** min(max(self.doubts - 1, 0), 10), longest)
+        return doubt_pause(self._policy, self.doubts)
 
     def _request(self, work: Work, *, reserve: bool = False) -> ClaimRequest:
         nonce = None

@@ -28,13 +28,14 @@ from typing import Any
 
 from .abandoned import AbandonedRecord, note_of
 from .claims import Claim, Claims
-from .errors import HandlerAcknowledged, InDoubt, Permanent, StoreError, Transient
+from .errors import InDoubt, StoreError
 from .events import Event, EventKind, Notify
 from .execution import LeasedExecution, running
+from .failing import Failing
 from .hooks import ACK, COMPLETE, DEAD_LETTER, HANDLER, PROBE, QUARANTINE, RENEW, WAIT, Step, direct
 from .lease import LeaseKeeper, keeper_for
 from .model import Busy, Claimed, Completed, Conflict, Hold, Quarantined, Reason
-from .policy import LONGEST_SPREAD, Policy
+from .policy import Policy
 from .results import MAX_RESULT_BYTES, decode_result, encode_result, last_line
 from .store import QuarantineStore, Store
 from .work import Ended, Ending, Settlement, Work
@@ -78,11 +79,11 @@ class Executor:
         self._notify = notify
         self._max_result = max_result
         self._clock = clock
-        self._wall = wall
         self._sleep = sleep
         self._draw = draw
         self._step = step
-        self._permanent: tuple[type[BaseException], ...] = (Permanent, HandlerAcknowledged, *policy.permanent)
+        self._wall = wall
+        self._failing = Failing(policy, draw, lambda: self._wall())
         self._doubtful: tuple[type[BaseException], ...] = (InDoubt, *policy.in_doubt)
 
     def handle(self, work: Work) -> Ending:
@@ -165,7 +166,8 @@ class Executor:
             self._tell(EventKind.ABANDONED, work, execution)
             if self.policy.on_abandoned != "rerun":
                 return self._abandoned(work, execution)
-        elif attempt == 1 and self._is_too_old(work):
+        elif attempt == 1 and self._failing.is_too_old(work):
+            # No record is there, or one that was never started: it may be new, or done and forgotten.
             return self._bury(work, hold, Reason.TOO_OLD, "older than the retention, so it may have been done before")
         if attempt > self.policy.most_attempts:
             return self._bury(work, hold, Reason.ATTEMPTS, "the attempts are used up", attempt - 1)
@@ -175,10 +177,6 @@ class Executor:
             self._claims.give_back(claim)
             return self._dispatch(work, self._claims.singly(work))
         return self._run(work, execution)
-
-    def _is_too_old(self, work: Work) -> bool:
-        # No record is there, or one that was never started: it may be new, or done and forgotten.
-        return work.published_at is not None and self._wall() - work.published_at > self.policy.retention
 
     def _abandoned(self, work: Work, execution: LeasedExecution) -> Ending:
         probe = self.policy.on_abandoned
@@ -326,21 +324,18 @@ class Executor:
             most,
             exc_info=error,
         )
-        permanent = isinstance(error, self._permanent)
-        doubtful = not permanent and isinstance(error, self._doubtful)
+        reason = self._failing.reason(error, attempt)
+        doubtful = reason is not Reason.PERMANENT and isinstance(error, self._doubtful)
         decided_later = doubtful and self.policy.on_abandoned != "rerun"
-        if permanent or (attempt >= most and not decided_later):
-            execution.ending = self._give_up(work, execution, error, permanent)
+        if reason is not None and not decided_later:
+            execution.ending = self._give_up(work, execution, error, reason)
             return execution.ending
         self._claims.release(execution.hold, attempt, abandoned=doubtful)
         self._tell(EventKind.RELEASED, work, execution, type(error).__name__)
-        delay = error.retry_after if isinstance(error, Transient) else None
-        if delay is None:
-            delay = self.policy.backoff_for(error).delay(attempt, self._draw)
-        execution.ending = self._wait(work, Ended.FAILED, delay)
+        execution.ending = self._wait(work, Ended.FAILED, self._failing.delay(error, attempt))
         return execution.ending
 
-    def _give_up(self, work: Work, execution: LeasedExecution, error: BaseException, permanent: bool) -> Ending:
+    def _give_up(self, work: Work, execution: LeasedExecution, error: BaseException, reason: Reason) -> Ending:
         """Dead-letter what failed, if it is still ours: another one may be running it, or have done it."""
         policy = self.policy
         lasting = {"lease": policy.lease, "retention": policy.retention}
@@ -350,16 +345,12 @@ class Executor:
             return self._in_doubt(work)
         if not ours:
             return self._lost(work)
-        reason = Reason.PERMANENT if permanent else Reason.ATTEMPTS
         return self._bury(work, execution.hold, reason, last_line(error), execution.attempt)
 
     # --- settling ------------------------------------------------------------------------------------
 
     def _wait(self, work: Work, how: Ended, delay: float) -> Ending:
-        # Spread over half as much again, so that copies which met once do not meet again at the same moment.
-        if how is not Ended.FAILED:
-            delay = max(delay, self.policy.busy_delay) * (1 + self._draw() * (LONGEST_SPREAD - 1))
-        self._step(WAIT, work.settle.wait, delay)
+        self._step(WAIT, work.settle.wait, self._failing.spread(how, delay))
         return Ending(how)
 
     def _in_doubt(self, work: Work) -> Ending:

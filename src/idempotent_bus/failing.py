@@ -1,0 +1,63 @@
+"""What follows from a failure, from age and from doubt: the same rules for the dedup store and for the inbox."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from .errors import HandlerAcknowledged, Permanent, Transient
+from .model import Reason
+from .policy import LONGEST_SPREAD, Policy
+from .work import Ended, Work
+
+__all__ = ["Failing", "doubt_pause"]
+
+#: While the store gives no answer, messages are put off for longer and longer, up to so many seconds.
+_LONGEST_DOUBT: Final = 15.0
+
+
+class Failing:
+    """The rules of one policy. Safe for threads.
+
+    draw: gives a random number in [0, 1). wall: seconds since the epoch.
+    """
+
+    __slots__ = ("_draw", "_permanent", "_policy", "_wall")
+
+    def __init__(self, policy: Policy, draw: Callable[[], float], wall: Callable[[], float]) -> None:
+        self._policy = policy
+        self._draw = draw
+        self._wall = wall
+        self._permanent: tuple[type[BaseException], ...] = (Permanent, HandlerAcknowledged, *policy.permanent)
+
+    def reason(self, error: BaseException, attempt: int) -> Reason | None:
+        """Why what raised this at this attempt goes to the dead letter; None: it is tried again."""
+        if isinstance(error, self._permanent):
+            return Reason.PERMANENT
+        return Reason.ATTEMPTS if attempt >= self._policy.attempts_for(error) else None
+
+    def delay(self, error: BaseException, attempt: int) -> float:
+        """Seconds until it is tried again."""
+        if isinstance(error, Transient) and error.retry_after is not None:
+            return error.retry_after
+        return self._policy.backoff_for(error).delay(max(attempt, 1), self._draw)
+
+    def spread(self, how: Ended, delay: float) -> float:
+        """How long a message that ended so waits, in seconds.
+
+        Spread over half as much again, so that copies which met once do not meet again at the same moment; a failure's
+        backoff has its own jitter.
+        """
+        if how is Ended.FAILED:
+            return delay
+        return max(delay, self._policy.busy_delay) * (1 + self._draw() * (LONGEST_SPREAD - 1))
+
+    def is_too_old(self, work: Work) -> bool:
+        """True if a message without a record may have been done and forgotten (I11)."""
+        return work.published_at is not None and self._wall() - work.published_at > self._policy.retention
+
+
+def doubt_pause(policy: Policy, doubts: int) -> float:
+    """How long to put a message off that is in doubt, in seconds: longer the more doubts there were in a row."""
+    longest = max(_LONGEST_DOUBT, policy.busy_delay)
+    return min(policy.busy_delay * 2.0 ** min(max(doubts - 1, 0), 10), longest)
