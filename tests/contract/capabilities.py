@@ -14,11 +14,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from suite import LONG, ROUNDING, SHORT, Subject, ask, complete, new_key, race, release, renew, take, won
+from suite import (
+    LONG,
+    ROUNDING,
+    SHORT,
+    Subject,
+    abandon,
+    ask,
+    complete,
+    new_key,
+    race,
+    release,
+    renew,
+    stale,
+    take,
+    won,
+)
 
 from idempotent_bus.errors import StoreUnavailable
-from idempotent_bus.model import Busy, Claimed, ClaimOutcome, ClaimRequest, Completed, Conflict, Hold, Record, State
-from idempotent_bus.store import BatchStore, LookupStore, PurgeStore
+from idempotent_bus.model import (
+    Busy,
+    Claimed,
+    ClaimOutcome,
+    ClaimRequest,
+    Completed,
+    Conflict,
+    Hold,
+    Quarantined,
+    Record,
+    State,
+)
+from idempotent_bus.store import BatchStore, LookupStore, PurgeStore, QuarantineStore
 
 A, B = b"\0finger\0", b"\0fingeR\0"
 
@@ -114,6 +140,12 @@ def _records_in_every_state(subject: Subject) -> list[ClaimRequest]:
     store = subject.store
     requests = [ask(new_key()), ask(new_key(), reserve=True), ask(new_key(), redrive=3, fingerprint=A)]
     lapsed = []
+    left, _ = take(store, new_key())
+    assert abandon(store, left, attempts=1)
+    passed, _ = take(store, new_key())
+    assert abandon(store, passed, attempts=1)
+    take(store, passed.key, lease=SHORT, reserve=True)
+    lapsed += [ask(left.key), ask(passed.key)]
     for fingerprint in (None, A, B):
         for reserve in (False, True):
             for redrive in (0, 2):
@@ -242,6 +274,253 @@ class PurgeContract:
         assert again.attempt == 1
 
 
+class QuarantineContract:
+    """What was abandoned in the middle is kept for a person, and nothing runs until the person has decided."""
+
+    def test_it_is_a_quarantine_store(self, contract_store: Subject) -> None:
+        """The capability is declared by its methods."""
+        assert isinstance(contract_store.store, QuarantineStore)
+
+    def test_nothing_runs_over_a_quarantined_record(self, contract_store: Subject) -> None:
+        """Rule 5: no claim wins it, whatever its redrive number, its nonce, or the time; another body conflicts."""
+        store, key = contract_store.store, new_key()
+        hold = quarantine(store, key, lease=SHORT, fingerprint=A)
+        for _ in range(2):
+            asked = [ask(key, redrive=9), ask(key, reserve=True), ask(key, nonce=hold.nonce), ask(key, fingerprint=A)]
+            other = ask(key, fingerprint=B, nonce=hold.nonce)
+            assert [store.claim(request) for request in asked] == [Quarantined()] * 4
+            assert store.claim(other) == Conflict(State.QUARANTINED)
+            if isinstance(store, BatchStore):
+                assert store.claim_many([ask(new_key()), asked[0]])[1] == Quarantined()
+                assert store.claim_many([other]) == [Conflict(State.QUARANTINED)]
+            contract_store.outlast(SHORT)
+
+    def test_its_holder_can_do_nothing(self, contract_store: Subject) -> None:
+        """Who put it there cannot complete, renew, release or abandon it any more, nor take its note back."""
+        store, key = contract_store.store, new_key()
+        hold = quarantine(store, key)
+        assert not complete(store, hold)
+        assert not renew(store, hold)
+        assert not release(store, hold)
+        assert not abandon(store, hold)
+        if isinstance(store, BatchStore):
+            assert store.renew_many([hold], lease=LONG, retention=LONG) == [False]
+        assert store.claim(ask(key)) == Quarantined()
+        assert shown(store)[key].result == b"note"
+
+    def test_it_is_kept_until_it_is_resolved(self, contract_store: Subject) -> None:
+        """I1: neither the claim's retention nor a purge ends it."""
+        store, key = contract_store.store, new_key()
+        quarantine(store, key, lease=SHORT / 2, retention=SHORT / 2)
+        contract_store.outlast(2 * SHORT)
+        if isinstance(store, PurgeStore):
+            while store.purge():
+                pass
+        assert store.claim(ask(key)) == Quarantined()
+        assert shown(store)[key].retention_left > 10 * 365 * 86_400
+
+    def test_a_record_is_shown_with_its_note(self, contract_store: Subject) -> None:
+        """The list, and a look-up, show the record as it was held, and the note byte for byte."""
+        store = contract_store.store
+        notes = [b"note", b"", b"\0\xff' %s", os.urandom(100_000)]
+        keys = [new_key() for _ in notes]
+        for key, note in zip(keys, notes, strict=True):
+            hold, claimed = take(store, key, fingerprint=A, redrive=3)
+            assert store.quarantine(hold, note=note)
+            record = shown(store)[key]
+            assert _still(record) == (key, State.QUARANTINED, claimed.token, 1, 3, A, note)
+            assert record.lease_left == 0
+            if isinstance(store, LookupStore):
+                assert store.lookup(key) == record
+
+    def test_who_may_quarantine(self, contract_store: Subject) -> None:
+        """The holder of a claim or a reservation, late or abandoned too, again and again; nobody else."""
+        store = contract_store.store
+        reserved, _ = take(store, new_key(), reserve=True)
+        late, _ = take(store, new_key(), lease=SHORT)
+        lost, _ = take(store, new_key(), lease=SHORT)
+        forgotten, _ = take(store, new_key(), lease=SHORT / 2, retention=SHORT / 2)
+        left, _ = take(store, new_key())
+        assert abandon(store, left)
+        contract_store.outlast(SHORT)
+        new, _ = take(store, lost.key)
+        done, _ = take(store, new_key())
+        assert complete(store, done)
+        given, _ = take(store, new_key())
+        assert release(store, given)
+        for hold in (reserved, late, left):
+            for other in stale(hold):
+                assert not store.quarantine(other, note=b"stale")
+            assert store.quarantine(hold, note=b"first")
+            assert store.quarantine(hold, note=b"again")
+            for other in stale(hold):
+                assert not store.quarantine(other, note=b"stale")
+            assert shown(store)[hold.key].result == b"first"
+        for hold in (lost, forgotten, done, given, Hold(new_key(), 1, os.urandom(16))):
+            assert not store.quarantine(hold, note=b"not yours")
+        assert renew(store, new)
+        assert store.claim(ask(done.key)) == Completed(b"done")
+        assert not take(store, given.key)[1].taken_over
+        assert take(store, forgotten.key)[1].attempt == 1
+
+    def test_a_quarantine_and_a_takeover_exclude_each_other(self, contract_store: Subject) -> None:
+        """A late quarantine racing claims: either it stands and nobody runs, or one took over and it is told no."""
+        store = contract_store.store
+        holds = [take(store, new_key(), lease=SHORT)[0] for _ in range(10)]
+        contract_store.outlast(SHORT)
+        for hold in holds:
+            calls: list[Any] = [lambda hold=hold: store.quarantine(hold, note=b"note")]
+            requests = [ask(hold.key) for _ in range(3)]
+            calls += [lambda request=request: store.claim(request) for request in requests]
+            stands, *outcomes = race(calls)
+            assert sum(isinstance(outcome, Claimed) for outcome in outcomes) == (not stands)
+            assert {type(outcome) for outcome in outcomes} <= ({Quarantined} if stands else {Claimed, Busy})
+
+    def test_the_list_is_in_order_and_in_pages(self, contract_store: Subject) -> None:
+        """Page by page, each behind the last key of the one before: every quarantined record once, in key order."""
+        store = contract_store.store
+        base = new_key()
+        near = [base[:-1] + bytes([byte]) for byte in (0, 1, 127, 128, 255)]
+        keys = sorted({bytes(16), b"\xff" * 16, *near, *(new_key() for _ in range(12))})
+        for key in keys:
+            quarantine(store, key)
+        others = [take(store, new_key())[0] for _ in range(3)]
+        assert complete(store, others[0])
+        assert release(store, others[1])
+        for size in (1, 5, 1000):
+            found = list(shown(store, size))
+            assert found == sorted(set(found))
+            assert set(keys) <= set(found)
+            assert not {hold.key for hold in others} & set(found)
+        assert store.quarantined(limit=0) == []
+        assert store.quarantined(after=b"\xff" * 16) == []
+        assert [record.key for record in store.quarantined(limit=2, after=near[1])] == _next(found, near[1], 2)
+        assert [record.key for record in store.quarantined(limit=2, after=base[:1])] == _next(found, base[:1], 2)
+        for key in keys:
+            assert store.resolve(key, completed=True, retention=SHORT)
+        assert not set(keys) & set(shown(store))
+        # These two are the same in every run.
+        contract_store.outlast(SHORT)
+
+    def test_resolved_as_done(self, contract_store: Subject) -> None:
+        """The effect is there: every copy is a duplicate from now on, without a result, for the retention given."""
+        store = contract_store.store
+        keys = [new_key(), new_key()]
+        for key, retention in zip(keys, (LONG, SHORT), strict=True):
+            quarantine(store, key, redrive=3, fingerprint=A)
+            assert store.resolve(key, completed=True, retention=retention)
+            assert key not in shown(store)
+            assert store.claim(ask(key, redrive=9)) == Completed(None)
+            assert store.claim(ask(key, fingerprint=B)) == Conflict(State.COMPLETED)
+        contract_store.outlast(SHORT)
+        assert store.claim(ask(keys[0])) == Completed(None)
+        assert take(store, keys[1])[1].attempt == 1
+
+    def test_resolved_as_not_done(self, contract_store: Subject) -> None:
+        """The effect is not there: the next claim runs, as attempt 1, without a doubt, with a larger token."""
+        store = contract_store.store
+        keys = [new_key(), new_key()]
+        for key, retention in zip(keys, (LONG, SHORT), strict=True):
+            left, _ = take(store, key, redrive=3)
+            assert abandon(store, left, attempts=5)
+            hold = quarantine(store, key, fingerprint=A)
+            assert store.resolve(key, completed=False, retention=retention)
+            assert key not in shown(store)
+        contract_store.outlast(SHORT)
+        if isinstance(store, LookupStore):
+            record = store.lookup(keys[0])
+            assert (record.state, record.attempts, record.redrive, record.result) == (State.RELEASED, 0, 3, None)
+            assert store.lookup(keys[1]) is None
+        new, claimed = take(store, keys[0], redrive=1, fingerprint=B)
+        assert (claimed.attempt, claimed.taken_over) == (1, False)
+        assert release(store, new, attempts=1)
+        assert take(store, keys[0], redrive=3)[1].attempt == 2  # the redrive number stayed
+        assert take(store, keys[1])[1].token > hold.token
+
+    def test_only_what_is_quarantined_is_resolved(self, contract_store: Subject) -> None:
+        """In any other state it is False and changes nothing; True comes once, also to two persons at once."""
+        store = contract_store.store
+        live, _ = take(store, new_key())
+        reserved, _ = take(store, new_key(), reserve=True)
+        done, _ = take(store, new_key())
+        assert complete(store, done)
+        given, _ = take(store, new_key())
+        assert release(store, given, attempts=6)
+        left, _ = take(store, new_key())
+        assert abandon(store, left, attempts=2)
+        absent = new_key()
+        for key in (live.key, reserved.key, done.key, given.key, left.key, absent):
+            for completed in (True, False):
+                assert not store.resolve(key, completed=completed, retention=SHORT)
+        contract_store.outlast(SHORT)
+        assert renew(store, live)
+        assert renew(store, reserved)
+        assert store.claim(ask(done.key)) == Completed(b"done")
+        assert take(store, given.key)[1].attempt == 7
+        assert take(store, left.key)[1].taken_over
+        assert take(store, absent)[1].attempt == 1
+        for _ in range(5):
+            key = new_key()
+            quarantine(store, key)
+            answers = race(
+                [lambda done=done: store.resolve(key, completed=done, retention=LONG) for done in (True, False)]  # type: ignore[misc]  # noqa: B023
+            )
+            assert sorted(answers) == [False, True]
+            assert isinstance(store.claim(ask(key)), Completed if answers[0] else Claimed)
+
+    def test_after_a_person_decided_the_old_holder_has_no_say(self, contract_store: Subject) -> None:
+        """A holder that comes back after all neither completes, releases, abandons nor quarantines it again."""
+        store = contract_store.store
+        for completed in (True, False):
+            hold = quarantine(store, new_key())
+            assert store.resolve(hold.key, completed=completed, retention=LONG)
+            assert not complete(store, hold, b"late")
+            assert not release(store, hold, attempts=9)
+            assert not renew(store, hold)
+            assert not abandon(store, hold, attempts=9)
+            assert not store.quarantine(hold, note=b"again")
+            outcome = store.claim(ask(hold.key))
+            assert outcome == Completed(None) if completed else won(outcome).attempt == 1
+
+    def test_what_was_resolved_is_purged_in_time(self, contract_store: Subject) -> None:
+        """A purge finds a resolved record once its retention is over, and not before."""
+        store = contract_store.store
+        if not isinstance(store, PurgeStore):
+            return  # its records vanish by themselves
+        while store.purge():
+            pass
+        brief, long = new_key(), new_key()
+        for key, completed, retention in ((brief, True, SHORT), (long, False, LONG)):
+            quarantine(store, key)
+            assert store.resolve(key, completed=completed, retention=retention)
+        contract_store.outlast(SHORT)
+        assert store.purge() == 1
+        assert store.purge() == 0
+
+
+def quarantine(store: Any, key: bytes, **changes: Any) -> Hold:
+    """Claim `key` and put it into quarantine; the hold that did."""
+    hold, _ = take(store, key, **changes)
+    assert store.quarantine(hold, note=b"note")
+    return hold
+
+
+def shown(store: Any, size: int = 1000) -> dict[bytes, Record]:
+    """All quarantined records, in pages of that size."""
+    found: dict[bytes, Record] = {}
+    after = b""
+    while page := store.quarantined(limit=size, after=after):
+        assert len(page) <= size
+        assert all(record.state is State.QUARANTINED for record in page)
+        found |= {record.key: record for record in page}
+        after = page[-1].key
+    return found
+
+
+def _next(keys: list[bytes], after: bytes, count: int) -> list[bytes]:
+    return [key for key in keys if key > after][:count]
+
+
 class SharedContract:
     """Stores that other processes reach, and that can be down."""
 
@@ -305,6 +584,10 @@ class SharedContract:
             lambda: renew(store, hold),
             lambda: complete(store, hold),
             lambda: release(store, hold),
+            lambda: abandon(store, hold),
+            lambda: store.quarantine(hold, note=b""),
+            lambda: store.quarantined(),
+            lambda: store.resolve(hold.key, completed=True, retention=LONG),
             lambda: store.claim_many([ask(new_key())]),
             lambda: store.renew_many([hold], lease=LONG, retention=LONG),
             lambda: store.lookup(hold.key),

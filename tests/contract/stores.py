@@ -104,7 +104,7 @@ STORES: dict[str, Place] = {
 }
 
 #: What some stores are not held to: a store within one process, and records that vanish by themselves.
-WITHOUT = {"shared": {"memory"}, "purge": {"redis"}, "batch": set(), "lookup": set()}
+WITHOUT: dict[str, set[str]] = {"shared": {"memory"}, "purge": {"redis"}}
 
 #: (store, test) -> why it is known to fail; strict, so that a line that is mended must be deleted here.
 KNOWN_GAPS: dict[tuple[str, str], str] = {}

@@ -90,6 +90,10 @@ def release(store: Store, hold: Hold, attempts: int = 1, retention: float = LONG
     return store.release(hold, attempts=attempts, retention=retention)
 
 
+def abandon(store: Store, hold: Hold, attempts: int = 1, retention: float = LONG) -> bool:
+    return store.abandon(hold, attempts=attempts, retention=retention)
+
+
 def renew(store: Store, hold: Hold, lease: float = LONG, retention: float = LONG) -> bool:
     return store.renew(hold, lease=lease, retention=retention)
 
@@ -361,6 +365,36 @@ class ReservationContract:
         _, reserved = take(store, key, reserve=True)
         assert (reserved.attempt, reserved.taken_over) == (2, True)
 
+    def test_a_reservation_that_lapsed_passes_the_doubt_on(self, contract_store: Subject) -> None:
+        """Rule 7: abandoned, then only reserved, and again, and again as a repeat: the next claim still hears of it."""
+        store, key = contract_store.store, new_key()
+        take(store, key, lease=SHORT)
+        contract_store.outlast(SHORT)
+        for _ in range(2):
+            hold, reserved = take(store, key, lease=SHORT, reserve=True)
+            assert (reserved.attempt, reserved.taken_over) == (2, True)
+            assert take(store, key, nonce=hold.nonce, lease=SHORT)[1] == reserved
+            assert renew(store, hold, lease=SHORT)
+            contract_store.outlast(SHORT)
+        _, claimed = take(store, key)
+        assert (claimed.attempt, claimed.taken_over) == (2, True)
+
+    def test_the_doubt_ends_with_a_release_or_with_the_record(self, contract_store: Subject) -> None:
+        """A reservation that took over and was released, or was forgotten, leaves no doubt to later reservations."""
+        store, released, forgotten = contract_store.store, new_key(), new_key()
+        for key in (released, forgotten):
+            assert abandon(store, take(store, key)[0])
+        hold, reserved = take(store, released, reserve=True)
+        assert reserved.taken_over
+        assert release(store, hold, attempts=1)
+        take(store, forgotten, reserve=True, lease=SHORT / 2, retention=SHORT / 2)
+        contract_store.outlast(SHORT)
+        for key in (released, forgotten):
+            assert not take(store, key, reserve=True, lease=SHORT)[1].taken_over
+        contract_store.outlast(SHORT)
+        for key in (released, forgotten):
+            assert not take(store, key)[1].taken_over
+
     def test_a_reservation_repeated_stays_one(self, contract_store: Subject) -> None:
         """Rule 2: the same nonce again, even as a full claim, finds the reservation as it was: no attempt counted."""
         store, key = contract_store.store, new_key()
@@ -381,17 +415,106 @@ class ReservationContract:
         assert store.claim(ask(key, reserve=True)) == Completed(b"done")
 
 
+class AbandonContract:
+    """The lease ends at once, and nobody says that nothing was done."""
+
+    def test_an_abandoned_claim_is_taken_over_at_once(self, contract_store: Subject) -> None:
+        """A long lease that is abandoned keeps nobody waiting; of racers one takes over, and is told so."""
+        store, key = contract_store.store, new_key()
+        hold, first = take(store, key)
+        assert abandon(store, hold, attempts=first.attempt)
+        claimed = only_winner(claim_race(store, key, 10))
+        assert (claimed.attempt, claimed.taken_over) == (2, True)
+        assert claimed.token > first.token
+
+    def test_abandoning_writes_the_count(self, contract_store: Subject) -> None:
+        """As a release does, it decides what was counted, of a claim and of a reservation."""
+        store, key = contract_store.store, new_key()
+        for attempts, reserve in ((0, False), (7, False), (0, True), (1000, True)):
+            hold, _ = take(store, key, reserve=reserve)
+            assert abandon(store, hold, attempts=attempts)
+            hold, claimed = take(store, key)
+            assert (claimed.attempt, claimed.taken_over) == (attempts + 1, True)
+            assert release(store, hold, attempts=0)
+
+    def test_an_abandoned_reservation_is_in_doubt(self, contract_store: Subject) -> None:
+        """Given back without being started, but the doubt that it found is there for the next."""
+        store, key = contract_store.store, new_key()
+        assert abandon(store, take(store, key)[0], attempts=1)
+        hold, reserved = take(store, key, reserve=True)
+        assert (reserved.attempt, reserved.taken_over) == (2, True)
+        assert abandon(store, hold, attempts=reserved.attempt - 1)
+        _, claimed = take(store, key)
+        assert (claimed.attempt, claimed.taken_over) == (2, True)
+
+    def test_abandon_repeated_returns_true(self, contract_store: Subject) -> None:
+        """Its reply may be lost; asked again it is True, until somebody took over: then it changes nothing."""
+        store, key = contract_store.store, new_key()
+        hold, _ = take(store, key)
+        assert [abandon(store, hold) for _ in range(3)] == [True] * 3
+        new, _ = take(store, key)
+        assert not abandon(store, hold, attempts=9)
+        assert isinstance(store.claim(ask(key)), Busy)
+        assert release(store, new, attempts=2)
+        assert not abandon(store, hold)
+        assert take(store, key)[1].attempt == 3
+
+    def test_what_was_abandoned_may_still_be_completed(self, contract_store: Subject) -> None:
+        """The holder was thought dead and was not: its late completion, or renewal, stands if nobody took over."""
+        store = contract_store.store
+        done, _ = take(store, new_key())
+        assert abandon(store, done)
+        assert complete(store, done, b"late")
+        assert not abandon(store, done)
+        assert store.claim(ask(done.key)) == Completed(b"late")
+        alive, _ = take(store, new_key())
+        assert abandon(store, alive)
+        assert renew(store, alive)
+        assert isinstance(store.claim(ask(alive.key)), Busy)
+
+    def test_what_was_given_back_is_not_abandoned(self, contract_store: Subject) -> None:
+        """After a release it is said that nothing was done: abandoning comes too late."""
+        store, key = contract_store.store, new_key()
+        hold, _ = take(store, key)
+        assert release(store, hold)
+        assert not abandon(store, hold)
+        assert not take(store, key)[1].taken_over
+
+    def test_abandoning_sets_the_retention(self, contract_store: Subject) -> None:
+        """Its own retention counts, from now: neither what is left of the claim's, nor for ever."""
+        store = contract_store.store
+        kept, _ = take(store, new_key(), lease=SHORT, retention=0.01)
+        brief, _ = take(store, new_key())
+        assert abandon(store, kept, retention=LONG)
+        assert abandon(store, brief, retention=SHORT)
+        contract_store.outlast(SHORT + 0.01)
+        assert take(store, kept.key)[1].taken_over
+        assert not abandon(store, brief)
+        _, again = take(store, brief.key)
+        assert (again.attempt, again.taken_over) == (1, False)
+
+    def test_what_is_abandoned_keeps_its_fingerprint_and_redrive(self, contract_store: Subject) -> None:
+        """Another body cannot have it; a copy from before the redrive does not start the count afresh."""
+        store, key = contract_store.store, new_key()
+        hold, _ = take(store, key, fingerprint=b"finger A", redrive=2)
+        assert abandon(store, hold, attempts=4)
+        assert store.claim(ask(key, fingerprint=b"finger B")) == Conflict(State.IN_PROGRESS)
+        _, claimed = take(store, key, fingerprint=b"finger A", redrive=2)
+        assert claimed.attempt == 5
+
+
 class OwnershipContract:
-    """renew, complete and release are for the owner: token and nonce, each alone."""
+    """renew, complete, release and abandon are for the owner: token and nonce, each alone."""
 
     def test_a_stale_hold_can_do_nothing(self, contract_store: Subject) -> None:
-        """A hold with only the token wrong, or only the nonce, neither renews nor completes nor releases."""
+        """A hold with only the token wrong, or only the nonce, neither renews, completes, releases nor abandons."""
         store, key = contract_store.store, new_key()
         hold, _ = take(store, key)
         for other in stale(hold):
             assert not renew(store, other)
             assert not complete(store, other, b"stale")
             assert not release(store, other, attempts=9)
+            assert not abandon(store, other, attempts=9)
         assert isinstance(store.claim(ask(key)), Busy)
         assert complete(store, hold, b"owner")
         assert store.claim(ask(key)) == Completed(b"owner")
@@ -405,6 +528,7 @@ class OwnershipContract:
         assert not renew(store, old)
         assert not complete(store, old, b"zombie")
         assert not release(store, old)
+        assert not abandon(store, old)
         assert renew(store, new)
         assert complete(store, new, b"owner")
         assert not release(store, old)
@@ -421,6 +545,7 @@ class OwnershipContract:
         assert not renew(store, old)
         assert not complete(store, old, b"old")
         assert not release(store, old)
+        assert not abandon(store, old)
         assert complete(store, new, b"new")
         assert not complete(store, old, b"old")
 
@@ -431,6 +556,7 @@ class OwnershipContract:
         assert not renew(store, hold)
         assert not complete(store, hold)
         assert not release(store, hold)
+        assert not abandon(store, hold)
         assert take(store, key)[1].attempt == 1
 
     def test_renew_lengthens_the_lease(self, contract_store: Subject) -> None:
@@ -492,6 +618,7 @@ class OwnershipContract:
         assert complete(store, hold, b"first")
         assert complete(store, hold, b"second")
         assert not release(store, hold)
+        assert not abandon(store, hold)
         assert not renew(store, hold)
         assert store.claim(ask(key, redrive=9)) == Completed(b"first")
         assert store.claim(ask(key, nonce=hold.nonce)) == Completed(b"first")
@@ -766,6 +893,7 @@ class ValuesContract:
 class StoreContract(
     ClaimContract,
     ReservationContract,
+    AbandonContract,
     OwnershipContract,
     FingerprintContract,
     RedriveContract,

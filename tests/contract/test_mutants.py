@@ -28,7 +28,13 @@ import servers
 from idempotent_bus.model import ClaimOutcome, ClaimRequest
 from idempotent_bus.stores import memory, redis
 
-CHECKS = (suite.StoreContract, capabilities.BatchContract, capabilities.LookupContract, capabilities.PurgeContract)
+CHECKS = (
+    suite.StoreContract,
+    capabilities.BatchContract,
+    capabilities.LookupContract,
+    capabilities.PurgeContract,
+    capabilities.QuarantineContract,
+)
 
 
 def check(name: str) -> Callable[[Subject], None]:
@@ -198,6 +204,94 @@ MEMORY = [
         ("test_results_come_back_as_they_were", "test_an_empty_result_is_not_none"),
     ),
     Mutant(
+        "the doubt ends with a reservation", "", " or (entry.state is State.RESERVED and entry.taken_over)", "",
+        ("test_a_reservation_that_lapsed_passes_the_doubt_on",),
+    ),
+    Mutant(
+        "a release does not end the doubt", "", "(entry.state is State.RESERVED and entry.taken_over)",
+        "entry.taken_over", ("test_the_doubt_ends_with_a_release_or_with_the_record",),
+    ),
+    Mutant(
+        "abandon releases", "", "            entry.state = State.IN_PROGRESS\n",
+        "            entry.state = State.RELEASED\n",
+        ("test_an_abandoned_claim_is_taken_over_at_once", "test_an_abandoned_reservation_is_in_doubt"),
+    ),
+    Mutant(
+        "abandon for anybody", "",
+        "entry = self._owned(hold, now, *_HELD)\n            if entry is None:\n                return False\n"
+        "            entry.state = State.IN_PROGRESS",
+        "entry = self._entries.get(hold.key)\n            if entry is None:\n                return False\n"
+        "            entry.state = State.IN_PROGRESS",
+        ("test_a_stale_hold_can_do_nothing", "test_abandon_repeated_returns_true", "test_completed_is_final"),
+    ),
+    Mutant(
+        "abandon waits for the lease", "", "            entry.lease_ends = now\n", "",
+        ("test_an_abandoned_claim_is_taken_over_at_once",),
+    ),
+    Mutant(
+        "abandon does not write the count", "",
+        "entry.attempts = attempts\n            entry.lease_ends", "entry.lease_ends",
+        ("test_abandoning_writes_the_count",),
+    ),
+    Mutant(
+        "abandon keeps the claim's retention", "",
+        "entry.lease_ends = now\n            entry.kept_until = now + retention", "entry.lease_ends = now",
+        ("test_abandoning_sets_the_retention",),
+    ),
+    Mutant(
+        "a claim runs over a quarantined record", "", "if entry.state is State.QUARANTINED:\n            return Q",
+        "if False:\n            return Q",
+        ("test_nothing_runs_over_a_quarantined_record", "test_it_is_kept_until_it_is_resolved"),
+    ),
+    Mutant(
+        "a redrive runs over a quarantined record", "", "if entry.state is State.QUARANTINED:\n            return Q",
+        "if entry.state is State.QUARANTINED and request.redrive <= entry.redrive:\n            return Q",
+        ("test_nothing_runs_over_a_quarantined_record",),
+    ),
+    Mutant(
+        "a quarantine expires", "", "entry.kept_until = math.inf", "pass", ("test_it_is_kept_until_it_is_resolved",),
+    ),
+    Mutant(
+        "a purge takes what is quarantined", "", "if entry.kept_until <= now)",
+        "if entry.kept_until <= now or entry.kept_until == math.inf)", ("test_it_is_kept_until_it_is_resolved",),
+    ),
+    Mutant(
+        "quarantine for anybody", "", "self._owned(hold, self._clock(), *_HELD, State.QUARANTINED)",
+        "self._entries.get(hold.key)",
+        ("test_who_may_quarantine", "test_after_a_person_decided_the_old_holder_has_no_say"),
+    ),
+    Mutant(
+        "a repeated quarantine fails", "", "self._owned(hold, self._clock(), *_HELD, State.QUARANTINED)",
+        "self._owned(hold, self._clock(), *_HELD)", ("test_who_may_quarantine",),
+    ),
+    Mutant(
+        "a repeat writes the note again", "", "if entry.state is not State.QUARANTINED:\n                entry",
+        "if True:\n                entry", ("test_who_may_quarantine",),
+    ),
+    Mutant(
+        "a quarantined record is completed by its holder", "", "_owned(hold, now, *_HELD, State.COMPLETED)",
+        "_owned(hold, now, *_HELD, State.COMPLETED, State.QUARANTINED)", ("test_its_holder_can_do_nothing",),
+    ),
+    Mutant(
+        "resolve does not look at the state", "", "if entry is None or entry.state is not State.QUARANTINED:",
+        "if entry is None:", ("test_only_what_is_quarantined_is_resolved",),
+    ),
+    Mutant(
+        "resolve leaves the old holder its hold", "", "entry.nonce = os.urandom(NONCE_BYTES)", "pass",
+        ("test_after_a_person_decided_the_old_holder_has_no_say",),
+    ),
+    Mutant(
+        "resolve keeps the attempts", "", "entry.attempts if completed else 0", "entry.attempts",
+        ("test_resolved_as_not_done",),
+    ),
+    Mutant(
+        "resolve keeps the note as a result", "", "            entry.result = None\n", "", ("test_resolved_as_done",),
+    ),
+    Mutant(
+        "resolve keeps for ever", "", "entry.kept_until = self._clock() + retention", "pass",
+        ("test_resolved_as_done", "test_what_was_resolved_is_purged_in_time"),
+    ),
+    Mutant(
         "keys fold", "", "request.key", "request.key.lower().rstrip(b' \\0')", ("test_keys_never_fold",),
     ),
     Mutant(
@@ -207,8 +301,8 @@ MEMORY = [
         ("test_one_of_100_racing_threads_wins", "test_one_racer_takes_a_released_record"),
     ),
     Mutant(
-        "a look-up renews", "", "held = entry.state in _HELD\n            return Record(",
-        "held = entry.state in _HELD; entry.lease_ends = now + 600\n            return Record(",
+        "a look-up renews", "", "entry = self._entries[key]\n        return Record(",
+        "entry = self._entries[key]; entry.lease_ends = now + 600\n        return Record(",
         ("test_it_changes_nothing",),
     ),
     Mutant(
@@ -259,7 +353,7 @@ REDIS = [
             f"ownership not compared by {verb}", verb, f"owned(record, ARGV[{number}])", "record",
             ("test_a_stale_hold_can_do_nothing", "test_the_superseded_holder_can_do_nothing"),
         )
-        for verb, number in (("renew", "entry + 2"), ("complete", "1"), ("release", "1"))
+        for verb, number in (("renew", "entry + 2"), ("complete", "1"), ("release", "1"), ("abandon", "1"))
     ),
     Mutant(
         "attempts not counted", "claim", "attempts = attempt\n", "attempts = attempts\n",
@@ -294,11 +388,11 @@ REDIS = [
         ("test_completed_is_final", "test_a_completion_repeated_does_not_shorten_the_retention"),
     ),
     Mutant(
-        "a repeated completion fails", "complete", "== RELEASED then", "~= IN_PROGRESS then",
+        "a repeated completion fails", "complete", "== RELEASED or", "~= IN_PROGRESS or",
         ("test_repeats_return_true", "test_a_reservation_is_busy_for_others_and_can_complete"),
     ),
     Mutant(
-        "a repeated release fails", "release", "== COMPLETED then", "~= IN_PROGRESS then",
+        "a repeated release fails", "release", "== COMPLETED or", "~= IN_PROGRESS or",
         ("test_repeats_return_true",),
     ),
     Mutant(
@@ -356,8 +450,84 @@ REDIS = [
         ("test_a_lapsed_lease_is_taken_over", "test_a_reservation_of_an_abandoned_record_says_so"),
     ),
     Mutant(
-        "reservation taken over", "claim", "if state == IN_PROGRESS then\n      won", "if held then\n      won",
-        ("test_a_lapsed_reservation_is_not_taken_over",),
+        "reservation taken over", "claim", "if state == IN_PROGRESS or (held and has(record, TAKEN_OVER)) then",
+        "if held then", ("test_a_lapsed_reservation_is_not_taken_over",),
+    ),
+    Mutant(
+        "the doubt ends with a reservation", "claim", "or (held and has(record, TAKEN_OVER)) then", "then",
+        ("test_a_reservation_that_lapsed_passes_the_doubt_on",),
+    ),
+    Mutant(
+        "a renewal ends the doubt", "renew", "string.sub(record, 1, 41)",
+        "string.char(state_of(record)) .. string.sub(record, 2, 41)",
+        ("test_a_reservation_that_lapsed_passes_the_doubt_on", "test_a_takeover_asked_again_is_still_a_takeover"),
+    ),
+    Mutant(
+        "abandon releases", "abandon", "- state_of(record) + IN_PROGRESS", "- state_of(record) + RELEASED",
+        ("test_an_abandoned_claim_is_taken_over_at_once", "test_an_abandoned_reservation_is_in_doubt"),
+    ),
+    Mutant(
+        "abandon waits for the lease", "abandon", "bytes8(server_time())", "string.sub(record, 42)",
+        ("test_an_abandoned_claim_is_taken_over_at_once",),
+    ),
+    Mutant(
+        "abandon does not write the count", "abandon", "bytes4(tonumber(ARGV[3]))", "string.sub(record, 34, 37)",
+        ("test_abandoning_writes_the_count",),
+    ),
+    Mutant(
+        "abandon ends what is over", "abandon", f"or not {HELD}", "",
+        ("test_completed_is_final", "test_what_was_given_back_is_not_abandoned", "test_its_holder_can_do_nothing"),
+    ),
+    Mutant(
+        "abandon keeps the claim's expiry", "abandon", "'PX', ARGV[2]", "'KEEPTTL'",
+        ("test_abandoning_sets_the_retention",),
+    ),
+    Mutant(
+        "a claim runs over a quarantined record", "claim", "if state == QUARANTINED then", "if false then",
+        ("test_nothing_runs_over_a_quarantined_record", "test_it_is_kept_until_it_is_resolved"),
+    ),
+    Mutant(
+        "a redrive runs over a quarantined record", "claim", "if state == QUARANTINED then",
+        "if state == QUARANTINED and redrive <= number4(record, 38) then",
+        ("test_nothing_runs_over_a_quarantined_record",),
+    ),
+    Mutant(
+        "a quarantine expires", "quarantine", "string.sub(record, 2, 41) .. ARGV[3])",
+        "string.sub(record, 2, 41) .. ARGV[3], 'KEEPTTL')", ("test_it_is_kept_until_it_is_resolved",),
+    ),
+    Mutant(
+        "quarantine for anybody", "quarantine", "owned(record, ARGV[1])", "record", ("test_who_may_quarantine",),
+    ),
+    Mutant(
+        "what is over is quarantined", "quarantine", "or state_of(record) == COMPLETED or state_of(record) == RELEASED",
+        "", ("test_who_may_quarantine",),
+    ),
+    Mutant(
+        "a repeat writes the note again", "quarantine", "if state_of(record) ~= QUARANTINED then", "if true then",
+        ("test_who_may_quarantine",),
+    ),
+    *(
+        Mutant(
+            f"a quarantined record is its holder's to {verb}", verb, "or state_of(record) == QUARANTINED", "",
+            ("test_its_holder_can_do_nothing",),
+        )
+        for verb in ("complete", "release")
+    ),
+    Mutant(
+        "resolve does not look at the state", "resolve", "record and state_of(record) == QUARANTINED", "record",
+        ("test_only_what_is_quarantined_is_resolved",),
+    ),
+    Mutant(
+        "resolve leaves the old holder its hold", "resolve", "string.sub(record, 2, 9) .. ARGV[4]",
+        "string.sub(record, 2, 25)", ("test_after_a_person_decided_the_old_holder_has_no_say",),
+    ),
+    Mutant(
+        "resolve keeps the attempts", "resolve", "RELEASED, bytes4(0)", "RELEASED, string.sub(record, 34, 37)",
+        ("test_resolved_as_not_done",),
+    ),
+    Mutant(
+        "resolve keeps for ever", "resolve", ", 'PX', ARGV[3])", ")",
+        ("test_resolved_as_done", "test_resolved_as_not_done"),
     ),
     Mutant(
         "release does not write the count", "release", "bytes4(tonumber(ARGV[3]))", "string.sub(record, 34, 37)",

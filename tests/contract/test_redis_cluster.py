@@ -68,6 +68,10 @@ class TestLookup(capabilities.LookupContract):
     """Look-ups."""
 
 
+class TestQuarantine(capabilities.QuarantineContract):
+    """The indexes lie beside their records; a list goes from slot to slot."""
+
+
 def test_both_nodes_are_used(nodes: list[PrivateRedis], contract_store: Subject) -> None:
     """Records spread over the nodes, each beside its counter; nothing is refused as crossing slots."""
     before = [node.client.dbsize() for node in nodes]

@@ -17,11 +17,11 @@ from redis import Connection, ConnectionPool, Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError, OutOfMemoryError, ReadOnlyError, ResponseError, TimeoutError
 from redis.retry import Retry
-from suite import ask, complete, new_key, release, renew, take, won
+from suite import abandon, ask, complete, new_key, release, renew, take, won
 
 import servers
 from idempotent_bus.errors import ConfigurationError, StoreUnavailable
-from idempotent_bus.model import Busy, Completed, Hold
+from idempotent_bus.model import Busy, Completed, Hold, Quarantined, State
 from idempotent_bus.stores import open_store
 from idempotent_bus.stores.redis import RedisStore, open_redis
 
@@ -106,11 +106,11 @@ def test_a_completed_record_is_small(server: PrivateRedis, store: RedisStore) ->
 
 
 def test_every_record_expires_and_no_counter_does(server: PrivateRedis, store: RedisStore) -> None:
-    """A claimed, a renewed, a completed and a released record all have an expiry, so that no purge is needed."""
+    """A renewed, a completed, a released and an abandoned record all have an expiry, so that no purge is needed."""
     server.client.flushall()
     for number in range(20):
         hold, _ = take(store, new_key())
-        (renew, complete, release, renew)[number % 4](store, hold)
+        (renew, complete, release, abandon)[number % 4](store, hold)
     for name in server.client.scan_iter(count=1000):
         assert (server.client.pttl(name) == -1) is name.endswith(b"token")
 
@@ -149,6 +149,72 @@ def test_a_batch_is_one_command(server: PrivateRedis, store: RedisStore) -> None
     assert calls - server.client.info("commandstats")["cmdstat_evalsha"]["failed_calls"] <= 2
 
 
+def test_a_quarantined_record_and_its_index(server: PrivateRedis, store: RedisStore) -> None:
+    """The record does not expire, its index lies in its cluster slot, and goes with its last entry."""
+    server.client.flushall()
+    hold, _ = take(store, new_key())
+    assert store.quarantine(hold, note=b"note")
+    slot = b"idempotent-bus:{%02x}:" % hold.key[0]
+    names = set(server.client.keys())
+    assert names == {slot + hold.key, slot + b"token", slot + b"quarantine"}
+    assert {server.client.pttl(name) for name in names} == {-1}
+    assert store.resolve(hold.key, completed=False, retention=600.0)
+    assert set(server.client.keys()) == {slot + hold.key, slot + b"token"}
+    assert 0 < server.client.pttl(slot + hold.key) <= 600_000
+
+
+def test_entries_without_a_quarantined_record_are_passed_over_and_cleaned(
+    server: PrivateRedis, store: RedisStore
+) -> None:
+    """An index may know more than there is (records deleted by hand); the list is right, and full."""
+    server.client.flushall()
+    gone, held, done, kept, last = sorted(b"\0" + os.urandom(15) for _ in range(5))
+    for key in (gone, kept, last):
+        assert store.quarantine(take(store, key)[0], note=b"note")
+    take(store, held)
+    assert complete(store, take(store, done)[0])
+    index = b"idempotent-bus:{00}:quarantine"
+    server.client.zadd(index, {held: 0, done: 0})
+    server.client.delete(b"idempotent-bus:{00}:" + gone)
+    assert [record.key for record in store.quarantined(limit=1)] == [kept]
+    assert [record.key for record in store.quarantined(limit=9)] == [kept, last]
+    assert server.client.zrange(index, 0, -1) == [kept, last]
+    assert isinstance(store.claim(ask(held)), Busy)
+    assert store.claim(ask(done)) == Completed(b"done")
+    server.client.zadd(index, {gone: 0})
+    assert not store.resolve(gone, completed=True, retention=600.0)
+    assert server.client.zrange(index, 0, -1) == [kept, last]
+
+
+def test_a_record_whose_entry_was_lost_is_entered_again(server: PrivateRedis, store: RedisStore) -> None:
+    """Without its entry nobody sees it in the list, but nothing runs; asking again enters it."""
+    server.client.flushall()
+    hold, _ = take(store, new_key())
+    assert store.quarantine(hold, note=b"note")
+    server.client.delete(b"idempotent-bus:{%02x}:quarantine" % hold.key[0])
+    assert store.quarantined() == []
+    assert store.claim(ask(hold.key)) == Quarantined()
+    assert store.quarantine(hold, note=b"another")
+    assert [(record.state, record.result) for record in store.quarantined()] == [(State.QUARANTINED, b"note")]
+
+
+def test_the_list_never_scans(server: PrivateRedis, store: RedisStore) -> None:
+    """Among 5,000 records the 20 that are quarantined are found by two scripts."""
+    server.client.flushall()
+    for _ in range(5):
+        store.claim_many([ask(new_key()) for _ in range(1000)])
+    kept = [take(store, new_key())[0] for _ in range(20)]
+    for hold in kept:
+        assert store.quarantine(hold, note=b"note")
+    store.quarantined()
+    before = server.client.info("commandstats")
+    assert [record.key for record in store.quarantined(limit=20)] == sorted(hold.key for hold in kept)
+    after = server.client.info("commandstats")
+    assert after["cmdstat_evalsha"]["calls"] - before["cmdstat_evalsha"]["calls"] == 2
+    assert after["cmdstat_get"]["calls"] - before["cmdstat_get"]["calls"] == 20
+    assert {"cmdstat_keys", "cmdstat_scan"} & {name for name in after if after[name] != before.get(name)} == set()
+
+
 # --- a server in trouble -------------------------------------------------------------------------------------
 
 
@@ -165,6 +231,15 @@ def test_flushed_scripts_are_sent_again(server: PrivateRedis, store: RedisStore)
     hold, _ = take(store, new_key())
     server.client.script_flush()
     assert release(store, hold)
+    hold, _ = take(store, new_key())
+    server.client.script_flush()
+    assert abandon(store, hold)
+    server.client.script_flush()
+    assert store.quarantine(hold, note=b"note")
+    server.client.script_flush()
+    assert hold.key in [record.key for record in store.quarantined(limit=1000)]
+    server.client.script_flush()
+    assert store.resolve(hold.key, completed=True, retention=600.0)
     server.client.script_flush()
     assert len(store.claim_many([ask(new_key()), ask(new_key())])) == 2
 
@@ -194,8 +269,9 @@ def test_where_the_server_does_not_tell_the_check_is_skipped(server: PrivateRedi
 
 
 def test_a_full_server_lets_running_work_end(server: PrivateRedis, store: RedisStore) -> None:
-    """Out of memory: new claims are refused as unavailable; what runs is renewed, completed and released."""
-    first, second = (take(store, new_key())[0] for _ in range(2))
+    """Out of memory: new claims are refused as unavailable; what runs can end, in every way, and be resolved."""
+    server.client.flushall()
+    first, second, third = (take(store, new_key())[0] for _ in range(3))
     server.client.config_set("maxmemory", 1)
     try:
         with pytest.raises(StoreUnavailable) as caught:
@@ -205,6 +281,11 @@ def test_a_full_server_lets_running_work_end(server: PrivateRedis, store: RedisS
         assert complete(store, first, b"done")
         assert release(store, second)
         assert store.claim(ask(first.key)) == Completed(b"done")  # reads, so it is allowed
+        assert abandon(store, third)
+        assert store.quarantine(third, note=b"note" * 1000)
+        assert [record.key for record in store.quarantined()] == [third.key]
+        assert store.resolve(third.key, completed=True, retention=600.0)
+        assert store.quarantined() == []
         with pytest.raises(OutOfMemoryError):  # control: a plain SET of the same size is refused
             server.client.set(b"x" * 36, b"y" * 45)
     finally:
@@ -300,6 +381,15 @@ def test_silent_retries_of_the_driver_are_harmless(server: PrivateRedis) -> None
         assert again.attempt == 2
         assert losing(lambda: complete(store, hold, b"result"))  # noqa: B023 - called at once
         assert losing(lambda: store.claim(ask(request.key))) == Completed(b"result")  # noqa: B023 - called at once
+        for completed in (True, False):
+            hold, _ = take(store, new_key())
+            assert losing(lambda: abandon(store, hold))  # noqa: B023 - called at once
+            assert losing(lambda: store.quarantine(hold, note=b"note"))  # noqa: B023 - called at once
+            assert losing(lambda: store.resolve(hold.key, completed=completed, retention=9.0))  # noqa: B023 - called at once
+            assert not store.resolve(hold.key, completed=completed, retention=9.0)
+            assert store.quarantined() == []
+        hold, _ = take(store, new_key())
+        assert complete(store, hold)
         batch = [ask(new_key()) for _ in range(10)]
         assert [won(outcome).attempt for outcome in losing(lambda: store.claim_many(batch))] == [1] * 10  # noqa: B023
         assert losing(lambda: store.renew_many([hold], lease=9.0, retention=9.0)) == [False]  # noqa: B023

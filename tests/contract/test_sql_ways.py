@@ -34,6 +34,15 @@ MAIN = (
     "test_renewals_stand_alone",
     "test_it_shows_each_state",
     "test_it_deletes_what_is_over_and_nothing_else",
+    "test_a_reservation_that_lapsed_passes_the_doubt_on",
+    "test_the_doubt_ends_with_a_release_or_with_the_record",
+    "test_abandon_repeated_returns_true",
+    "test_nothing_runs_over_a_quarantined_record",
+    "test_who_may_quarantine",
+    "test_a_quarantine_and_a_takeover_exclude_each_other",
+    "test_the_list_is_in_order_and_in_pages",
+    "test_resolved_as_not_done",
+    "test_only_what_is_quarantined_is_resolved",
 )
 
 USERS = (
@@ -43,6 +52,10 @@ USERS = (
     "test_one_racer_wins_each_key_of_overlapping_batches",
     "test_it_shows_each_state",
     "test_it_deletes_what_is_over_and_nothing_else",
+    "test_abandon_repeated_returns_true",
+    "test_who_may_quarantine",
+    "test_a_quarantine_and_a_takeover_exclude_each_other",
+    "test_only_what_is_quarantined_is_resolved",
 )
 
 
@@ -52,6 +65,7 @@ def all_checks() -> tuple[str, ...]:
         capabilities.BatchContract,
         capabilities.LookupContract,
         capabilities.PurgeContract,
+        capabilities.QuarantineContract,
     )
     return tuple(name for owner in owners for name in dir(owner) if name.startswith("test_"))
 

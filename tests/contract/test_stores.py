@@ -15,7 +15,7 @@ def over(capability: str = "") -> pytest.MarkDecorator:
 
 @over()
 class TestStore(suite.StoreContract):
-    """The four verbs."""
+    """The five verbs."""
 
 
 @over("batch")
@@ -31,6 +31,11 @@ class TestLookup(capabilities.LookupContract):
 @over("purge")
 class TestPurge(capabilities.PurgeContract):
     """purge."""
+
+
+@over("quarantine")
+class TestQuarantine(capabilities.QuarantineContract):
+    """quarantine, quarantined and resolve."""
 
 
 @over("shared")
