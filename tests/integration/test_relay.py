@@ -331,17 +331,32 @@ def test_a_commit_wakes_the_relay(place: Place, broker: Broker) -> None:
 @within("postgresql")
 @on("ours-redis")
 def test_no_wake_up_is_lost_between_looking_and_sleeping(place: Place, broker: Broker) -> None:
-    """I1: writers who commit at every moment of a relay's way to bed are all served at once, by a relay that would
-    otherwise sleep for half a minute."""
+    """I1: a row committed after the relay's last look and before it asked to be woken is found by its second look; one
+    whose writer was under way at that moment is found without a NOTIFY. The relay would otherwise sleep for a minute.
+    """
     queue = broker.queue()
-    relay = place.relay(broker, declare=[queue], poll_interval=30)
-    with running(relay):
-        for number in range(100):
+    relay = place.relay(broker, declare=[queue], poll_interval=60)
+    guard = relay._wakeup.guard
+    asked: list[bool] = []
+    writer = place.engine.connect()
+
+    def guard_a_moment_later() -> bool:
+        if not asked:
             with place.engine.begin() as connection:
-                place.pay(connection, number, routing_key=queue.name)
-            time.sleep(0.0007 * (number % 20))
-        assert poll(lambda: not place.rows(), 5)
-    assert landed(broker, queue, 100) == list(range(100))
+                place.pay(connection, 1, routing_key=queue.name)
+        elif len(asked) == 1:
+            place.pay(writer, 2, routing_key=queue.name)
+        asked.append(guard())
+        if len(asked) == 3:
+            writer.commit()
+        return asked[-1]
+
+    relay._wakeup.guard = guard_a_moment_later  # type: ignore[method-assign]
+    with contextlib.closing(writer), running(relay):
+        assert poll(lambda: len(asked) > 3 and not place.rows(), 5)
+        assert poll(lambda: asked[-1], 5)
+    assert asked[:4] == [True, False, False, True]
+    assert landed(broker, queue, 2) == [1, 2]
 
 
 @within("postgresql")
