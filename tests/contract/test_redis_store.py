@@ -448,6 +448,8 @@ def test_records_and_tokens_survive_the_death_of_the_server(tmp_path: Path) -> N
             held, claimed = take(store, new_key())
             given, _ = take(store, new_key())
             assert release(store, given, attempts=3)
+            kept, _ = take(store, new_key())
+            assert store.quarantine(kept, note=b"note")
             server.kill()
             with pytest.raises(StoreUnavailable):
                 store.claim(ask(new_key()))
@@ -456,6 +458,8 @@ def test_records_and_tokens_survive_the_death_of_the_server(tmp_path: Path) -> N
                 assert store.claim(ask(hold.key)) == Completed(hold.key)
             assert isinstance(store.claim(ask(held.key)), Busy)
             assert complete(store, held)
+            assert [(record.key, record.result) for record in store.quarantined()] == [(kept.key, b"note")]
+            assert store.resolve(kept.key, completed=True, retention=600.0)
             _, again = take(store, given.key)
             assert again.attempt == 4
             assert again.token > given.token

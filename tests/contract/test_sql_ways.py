@@ -100,20 +100,6 @@ def test_mysql_keeps_the_contract(mysql: Subject, name: str) -> None:
     check(name)(mysql)
 
 
-def pymysql_by_hand() -> Any:
-    """A connection as PyMySQL makes it, where SQLAlchemy would ask for found rows: only changed rows are counted."""
-    import pymysql
-
-    url = sa.make_url(servers.mariadb())
-    return pymysql.connect(
-        host=url.host or "",
-        port=url.port or 3306,
-        user=url.username,
-        password=url.password or "",
-        database=url.database,
-    )
-
-
 ENGINES: dict[str, tuple[Callable[[], str], dict[str, Any]]] = {
     "sqlite": (lambda: "sqlite:///{directory}/mine.db", {"connect_args": {"timeout": 20}}),
     "sqlite autocommit": (lambda: "sqlite:///{directory}/mine.db", {"isolation_level": "AUTOCOMMIT"}),
@@ -123,7 +109,6 @@ ENGINES: dict[str, tuple[Callable[[], str], dict[str, Any]]] = {
     "mariadb": (servers.mariadb, {}),
     "mariadb autocommit": (servers.mariadb, {"isolation_level": "AUTOCOMMIT"}),
     "mariadb in another zone": (servers.mariadb, {"connect_args": {"init_command": "SET time_zone = '-07:00'"}}),
-    "mariadb by a creator": (servers.mariadb, {"creator": pymysql_by_hand}),
     # Without SQLAlchemy's FOUND_ROWS an UPDATE counts only the rows that it has changed.
     "mariadb with a creator": (servers.mariadb, {"creator": lambda: _by_hand(servers.mariadb())}),
 }
