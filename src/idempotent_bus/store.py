@@ -130,9 +130,10 @@ class QuarantineStore(Protocol):
         ...
 
     def resolve(self, key: bytes, /, *, completed: bool, retention: float) -> bool:
-        """A person has decided. True if the record was quarantined and now is not.
+        """A person has decided. True if the record was quarantined and now is not; a repeat is False.
 
         completed: the effect is there: COMPLETED, without a result, for `retention` seconds. Else it is not: RELEASED,
-        with no attempts counted, so that the message runs when it is redriven. The token and redrive number stay.
+        with no attempts counted, so that the message runs when it is redriven. Token and redrive number stay; the nonce
+        is a new one, so that whoever held the record has no say any more.
         """
         ...

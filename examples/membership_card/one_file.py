@@ -1,6 +1,6 @@
 """The membership card in one file: charge a customer once, issue one card, whatever is sent twice.
 
-    python examples/membership_card.py
+    python examples/membership_card/one_file.py
 
 It needs no server: the broker and the dedup store are SQLite files in a temporary folder. Every payment is published
 twice under two inner-msg-ids (a sender that asks again by itself), and one of them with another amount.
