@@ -9,6 +9,7 @@ from .abandoned import AbandonedRecord
 from .consumer import IdempotentConsumer, IdempotentHandler, idempotent_consumer
 from .errors import (
     ConfigurationError,
+    FingerprintConflict,
     HandlerAcknowledged,
     IdempotentBusError,
     InDoubt,
@@ -58,6 +59,7 @@ __all__ = [
     "Event",
     "EventKind",
     "Execution",
+    "FingerprintConflict",
     "HandlerAcknowledged",
     "IdempotentBusError",
     "IdempotentConsumer",

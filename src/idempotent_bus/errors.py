@@ -105,6 +105,10 @@ class InDoubt(IdempotentBusError):
     """
 
 
+class FingerprintConflict(IdempotentBusError):
+    """`Inbox.record`: the biz-id was done before, with another body. It is no duplicate: one of the two is wrong."""
+
+
 class LeaseLost(IdempotentBusError):
     """The execution's lease is over, and another one may have taken over: stop, and change nothing more."""
 

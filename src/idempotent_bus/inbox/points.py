@@ -1,0 +1,154 @@
+"""The savepoint around each message of a window: begun with the mark on its record, kept, or taken back."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from abc import ABC, abstractmethod
+from typing import Final
+
+import sqlalchemy as sa
+
+from .records import Records
+from .transaction import Opened, translated
+
+__all__ = ["Point", "point_for"]
+
+_NAME: Final = "idempotent_bus_message"
+_numbers = itertools.count()
+
+
+class Point(ABC):
+    """One savepoint at a time, in a transaction that is open. What it raises is SQLAlchemy's."""
+
+    def __init__(self, opened: Opened, records: Records) -> None:
+        self._opened = opened
+        self._records = records
+
+    @abstractmethod
+    def begin(self, key: bytes) -> None:
+        """Begin it, and mark the record of this key as completed within it."""
+
+    @abstractmethod
+    def keep(self) -> None:
+        """The handler succeeded."""
+
+    @abstractmethod
+    def undo(self) -> None:
+        """The handler raised."""
+
+    def clean_up(self) -> None:
+        """After the transaction's end."""
+        return
+
+    def _mark(self, key: bytes) -> None:
+        with translated(self._opened.connection):
+            self._records.begin(self._opened.link, key)
+
+
+class _Plain(Point):
+    """For any driver: a round trip for each statement."""
+
+    def begin(self, key: bytes) -> None:
+        self._opened.run(f"SAVEPOINT {_NAME}")
+        self._mark(key)
+
+    def keep(self) -> None:
+        for nested in _left_open(self._opened.connection):
+            nested.commit()
+        self._opened.run(f"RELEASE SAVEPOINT {_NAME}")
+
+    def undo(self) -> None:
+        for nested in _left_open(self._opened.connection):
+            nested.rollback()
+        self._opened.run(f"ROLLBACK TO SAVEPOINT {_NAME}")
+        self._opened.run(f"RELEASE SAVEPOINT {_NAME}")
+
+
+class _Quick(Point):
+    """With psycopg 3: the end of one, the beginning of the next and the mark are one round trip.
+
+    The mark is a prepared statement of PostgreSQL's own, which need not be planned for each message.
+    """
+
+    def __init__(self, opened: Opened, records: Records) -> None:
+        super().__init__(opened, records)
+        self._is_open = False
+        self._prepared = ""
+
+    def begin(self, key: bytes) -> None:
+        first = () if self._prepared else self._prepare()
+        end = (f"RELEASE SAVEPOINT {_NAME}",) if self._is_open else ()
+        execute = f"EXECUTE {self._prepared}('{key.hex()}')"
+        try:
+            self._opened.run_together(*first, *end, f"SAVEPOINT {_NAME}", execute)
+        except sa.exc.DBAPIError as error:
+            # psycopg forgets all prepared statements of its connection whenever something was rolled back.
+            if getattr(error.orig, "sqlstate", None) != "26000":
+                raise
+            again = self._prepare()
+            execute = f"EXECUTE {self._prepared}('{key.hex()}')"
+            self._opened.run_together(f"ROLLBACK TO SAVEPOINT {_NAME}", *again, execute)
+        self._is_open = True
+
+    def keep(self) -> None:
+        for nested in _left_open(self._opened.connection):
+            nested.commit()
+
+    def undo(self) -> None:
+        for nested in _left_open(self._opened.connection):
+            nested.rollback()
+        self._opened.run_together(f"ROLLBACK TO SAVEPOINT {_NAME}", f"RELEASE SAVEPOINT {_NAME}")
+        self._is_open = False
+
+    def clean_up(self) -> None:
+        if self._prepared and not self._opened.connection.invalidated:
+            with contextlib.suppress(sa.exc.SQLAlchemyError):
+                self._opened.run_together(f"DEALLOCATE {self._prepared}")
+
+    def _prepare(self) -> tuple[str, ...]:
+        self._prepared = f"idempotent_bus_begin_{next(_numbers)}"
+        update = f"UPDATE {self._records.name} SET completed = 1 WHERE record_key = $1"  # noqa: S608 - a name of ours
+        return (f"PREPARE {self._prepared} (uuid) AS {update}",)
+
+
+class _OfSession(Point):
+    """With a Session: its own savepoints, so that what it remembers is what is there."""
+
+    def begin(self, key: bytes) -> None:
+        session = self._opened.session
+        assert session is not None
+        self._nested = session.begin_nested()
+        session.connection()  # now, not at the handler's first statement: the mark belongs into the savepoint
+        self._mark(key)
+
+    def keep(self) -> None:
+        session = self._opened.session
+        assert session is not None
+        while (inner := session.get_nested_transaction()) is not None and inner is not self._nested:
+            inner.commit()
+        self._nested.commit()
+
+    def undo(self) -> None:
+        session = self._opened.session
+        assert session is not None
+        while (inner := session.get_nested_transaction()) is not None and inner is not self._nested:
+            inner.rollback()
+        self._nested.rollback()
+
+
+def point_for(opened: Opened, records: Records) -> Point:
+    """The quickest way there is."""
+    if opened.session is not None:
+        return _OfSession(opened, records)
+    return _Quick(opened, records) if opened.is_quick else _Plain(opened, records)
+
+
+def _left_open(connection: sa.Connection) -> list[sa.NestedTransaction]:
+    """Savepoints that the handler has begun and not ended, the innermost first."""
+    found = []
+    nested = connection.get_nested_transaction()
+    while nested is not None:
+        found.append(nested)
+        nested = nested._previous_nested
+    return found

@@ -1,0 +1,266 @@
+"""One transaction around a handler, or around a window of them: opened, watched over, and committed in one step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import sqlalchemy as sa
+
+from ..connections import Link, commits_by_itself, link_to
+from ..errors import ConfigurationError, Permanent
+from .records import Records
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+__all__ = ["HandlerEndedIt", "Opened", "opened"]
+
+# As libpq numbers the states of a transaction.
+_IDLE: Final = 0
+_IN_ERROR: Final = 3
+#: A copy waits in SQLite for other writers no longer than this, in milliseconds, unless the engine says less.
+_SQLITE_WAIT: Final = 1000
+#: The savepoint that is there as long as the transaction is.
+_MARK: Final = "idempotent_bus"
+#: What PostgreSQL says in any language if the transaction is another one than that of the record.
+_ENDED: Final = "idempotent-bus: another transaction"
+
+
+class HandlerEndedIt(Permanent):
+    """The handler committed or rolled back the transaction, which is the library's to end.
+
+    surely: False where the database may have done it by itself: MySQL rolls all of it back at a deadlock.
+    """
+
+    def __init__(self, *, surely: bool = True) -> None:
+        super().__init__("the handler committed or rolled back the transaction, which is the library's to end")
+        self.surely = surely
+
+
+class Opened:
+    """A transaction that is open. For one thread.
+
+    link: runs our statements, on the driver's connection where that is known: the handler's own go through SQLAlchemy.
+    """
+
+    __slots__ = ("_driver", "_earlier_wait", "_number", "_records", "connection", "link", "session", "transaction")
+
+    def __init__(
+        self, connection: sa.Connection, records: Records, make_session: Callable[..., Session] | None
+    ) -> None:
+        driver: Any = connection.connection.driver_connection
+        self.connection = connection
+        self._earlier_wait: int | None = None
+        if records.database == "sqlite":
+            # What waits there is the first statement that writes, or the engine's own BEGIN. No round trip.
+            earlier = driver.execute("PRAGMA busy_timeout").fetchone()[0]
+            if earlier > _SQLITE_WAIT:
+                self._earlier_wait = earlier
+                driver.execute(f"PRAGMA busy_timeout={_SQLITE_WAIT}")
+        self.transaction = connection.begin()
+        self.session: Session | None = None
+        self._records = records
+        self._number = ""
+        #: psycopg 3, which can send several statements in one round trip.
+        self._driver: Any = driver if type(driver).__module__.partition(".")[0] == "psycopg" else None
+        try:
+            self.link: Link = link_to(driver)
+        except ConfigurationError:
+            self.link = link_to(connection)
+        if make_session is not None:
+            # Its commit is the commit, so that its events are told at the right moment.
+            self.session = make_session(bind=connection, join_transaction_mode="control_fully")
+
+    @property
+    def handed(self) -> sa.Connection | Session:
+        """What the handler writes with."""
+        return self.connection if self.session is None else self.session
+
+    @property
+    def is_quick(self) -> bool:
+        """True if several statements can be sent together."""
+        return self._driver is not None
+
+    def run_together(self, *texts: str) -> None:
+        """Several statements without parameters, in one round trip. Only if it `is_quick`."""
+        with translated(self.connection):
+            self._driver.execute("; ".join(texts), prepare=False)
+
+    def run(self, text: str) -> None:
+        """One statement without parameters."""
+        with translated(self.connection):
+            self.link.run(text, {})
+
+    def mark_before(self) -> None:
+        """Before the record is inserted. A savepoint: any end of the transaction removes it."""
+        if self._records.database == "mysql":
+            self.run(f"SAVEPOINT {_MARK}")
+
+    def mark_after(self, number: str) -> None:
+        """After it was. number: the transaction's, where it has one that can be compared."""
+        self._number = number
+        if self._records.database == "sqlite":  # not before: an outermost savepoint would be the transaction
+            self._wait_as_before()
+            self.run(f"SAVEPOINT {_MARK}")
+
+    def check_open(self) -> None:
+        """Raise if the transaction is seen to be ended or aborted. Asks nobody: `commit` does.
+
+        PostgreSQL answers COMMIT of an aborted transaction with a quiet ROLLBACK, and psycopg raises nothing: the
+        message would be acked without its effect.
+        """
+        if not self.transaction.is_active:
+            raise HandlerEndedIt
+        driver = self.connection.connection.dbapi_connection
+        if getattr(driver, "in_transaction", True) is False:
+            raise HandlerEndedIt  # SQLite, by a statement of its own
+        if self._records.database != "postgresql":
+            return
+        status = getattr(getattr(driver, "info", None), "transaction_status", None)
+        if status is None:
+            self.run("SELECT 1")  # another driver: an aborted transaction refuses this
+        elif status == _IDLE:
+            raise HandlerEndedIt
+        elif status == _IN_ERROR:
+            raise sa.exc.InvalidRequestError(
+                "a statement of the handler failed and the handler went on: PostgreSQL will not commit this "
+                "transaction; let the error out, or use begin_nested() around what may fail"
+            )
+
+    def flush(self) -> None:
+        """Send what the handler's session still has to write."""
+        if self.session is not None:
+            self.session.flush()
+
+    def commit(self, results: Mapping[bytes, bytes]) -> None:
+        """Store the results, check that this is still the transaction in which the records were inserted, commit.
+
+        Raises HandlerEndedIt, and what SQLAlchemy raises; then nothing was committed, unless the connection broke. With
+        psycopg 3 all of it is one round trip.
+        """
+        records = self._records
+        if self._driver is None:
+            with translated(self.connection):
+                for key, result in results.items():
+                    records.store(self.link, key, result)
+            if records.database == "postgresql":
+                self._ask(self._check())
+            else:
+                self._ask(f"RELEASE SAVEPOINT {_MARK}")
+        else:
+            texts = [*records.store_texts(results), self._check()]
+            if self.session is None:
+                texts.append("COMMIT")  # SQLAlchemy's own then finds nothing to do, and only tells its listeners
+            self._ask("; ".join(texts))
+        if self.session is not None:
+            self.session.commit()
+        if self.transaction.is_active:
+            self.transaction.commit()
+
+    def was_committed(self, key: bytes) -> bool:
+        """After the handler raised, or the transaction was found ended: whether it was committed, by the handler.
+
+        Rolls back what is left of it first. Raises what SQLAlchemy raises if nobody can tell.
+        """
+        if not self._number:
+            try:
+                self._ask(f"RELEASE SAVEPOINT {_MARK}")
+            except HandlerEndedIt:
+                pass
+            else:
+                return False
+        self.roll_back()
+        with self.connection.begin(), translated(self.connection):
+            if self._number:
+                text = f"SELECT pg_xact_status(CAST('{self._number}' AS xid8))"
+                return bool(self.link.run(text, {})[0][0][0] == "committed")
+            seen = self._records.seen(self.link, [key]).get(key)
+        return seen is not None and seen.completed
+
+    def roll_back(self) -> None:
+        """Roll back what is left of it. Never raises for a connection that is dead: the server rolls back by itself."""
+        with contextlib.suppress(sa.exc.DBAPIError):
+            if self.session is not None:
+                self.session.close()
+            if self.transaction.is_active:
+                self.transaction.rollback()
+            elif self.connection.in_transaction():
+                self.connection.rollback()  # the handler ended ours, and has begun another since
+            self._wait_as_before()
+
+    def _wait_as_before(self) -> None:
+        earlier, self._earlier_wait = self._earlier_wait, None
+        if earlier is not None and not self.connection.invalidated:
+            driver: Any = self.connection.connection.driver_connection
+            driver.execute(f"PRAGMA busy_timeout={earlier}")
+
+    def _check(self) -> str:
+        return (
+            f"SELECT CASE WHEN CAST(pg_current_xact_id() AS text) = '{self._number}' THEN 0 "
+            f"ELSE CAST('{_ENDED}' || pg_current_xact_id() AS integer) END"
+        )
+
+    def _ask(self, text: str) -> None:
+        try:
+            if self._driver is not None:
+                self.run_together(text)
+            else:
+                self.run(text)
+        except sa.exc.DBAPIError as error:
+            if _is_ended(error):
+                raise HandlerEndedIt(surely=self._records.database != "mysql") from error
+            raise
+
+
+@contextlib.contextmanager
+def opened(
+    connection: sa.Connection, records: Records, make_session: Callable[..., Session] | None = None
+) -> Iterator[Opened]:
+    """A transaction that is rolled back at the end unless it was committed. The connection is closed.
+
+    Raises ConfigurationError if the engine commits each statement by itself: record and effect were not one commit.
+    """
+    with connection:
+        made = Opened(connection, records, make_session)
+        try:
+            if commits_by_itself(connection):
+                raise ConfigurationError(
+                    "the inbox needs transactions, and this engine is in autocommit: a record would be durable "
+                    "without its effect. Give it an engine without isolation_level='AUTOCOMMIT'"
+                )
+            yield made
+        finally:
+            made.roll_back()
+
+
+@contextlib.contextmanager
+def translated(connection: sa.Connection) -> Iterator[None]:
+    """Turn the driver's errors into SQLAlchemy's, as its own statements would, with nothing of their parameters."""
+    dialect = connection.dialect
+    driver_error = dialect.loaded_dbapi.Error
+    try:
+        yield
+    except driver_error as error:
+        driver = connection.connection.dbapi_connection if not connection.invalidated else None
+        gone = dialect.is_disconnect(error, driver, None)
+        if gone and not connection.invalidated:
+            connection.invalidate(error)
+        raise sa.exc.DBAPIError.instance(
+            "a statement of the inbox",
+            None,
+            error,
+            driver_error,
+            hide_parameters=True,
+            connection_invalidated=gone,
+            dialect=dialect,
+        ) from error
+
+
+def _is_ended(error: sa.exc.DBAPIError) -> bool:
+    text = str(error.orig)
+    if _ENDED in text:
+        return True
+    # SQLite, and MySQL's 1305: the mark is gone.
+    return "no such savepoint" in text or (error.orig is not None and error.orig.args[:1] == (1305,))
