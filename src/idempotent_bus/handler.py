@@ -27,7 +27,7 @@ from .errors import (
 )
 from .events import Listener, notifier
 from .executor import Executor
-from .headers import DEAD_AT, REDRIVE
+from .headers import DEAD_AT, REDRIVE, UNREADABLE
 from .headers import INNER_MSG_ID as INNER_MSG_ID_HEADER
 from .home import HandedOver, HomeThread
 from .hooks import Step, direct
@@ -221,6 +221,7 @@ class IdempotentHandler(Generic[P, R]):
         """
         try:
             self._check_size(message)
+            _check_readable(message)
             if message.errors:
                 self.refuse_undecodable(message.errors[0][1], settle)
                 return None
@@ -239,6 +240,7 @@ class IdempotentHandler(Generic[P, R]):
         """The same for a message whose body was decoded before."""
         try:
             self._check_size(message)
+            _check_readable(message)
             producer = self._producer_of(message)
         except InvalidMessage as error:
             self._refuse(error, settle)
@@ -338,6 +340,11 @@ def _in_the_bus_since(message: Message, redrive: int) -> float | None:
 
 def _is_open(channel: Any) -> bool:
     return channel.connection is not None and not getattr(channel, "closed", False)
+
+
+def _check_readable(message: Message) -> None:
+    if UNREADABLE in message.headers:
+        raise InvalidMessage("the message's properties could not be read")
 
 
 def _check_plain(handler: Any) -> None:

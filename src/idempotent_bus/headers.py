@@ -33,3 +33,6 @@ DEAD_FINGERPRINT: Final = "idempotent-bus-dead-fingerprint"
 #: The producer that signed the message, and its signature: see `signing.py`.
 PRODUCER: Final = "idempotent-bus-producer"
 SIGNATURE: Final = "idempotent-bus-signature"
+
+#: The properties of a message as they came, in hex, where the driver could not read them: see `frames.py`.
+UNREADABLE: Final = "idempotent-bus-unreadable"

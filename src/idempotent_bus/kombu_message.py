@@ -110,7 +110,8 @@ def headers_of(message: Message, content: Content) -> dict[str, Any]:
     headers = {
         name: value
         for name, value in message.headers.items()
-        if name not in _BROKER_HEADERS and not name.startswith(_BROKER_PREFIXES)
+        # py-amqp leaves a name that is no UTF-8 as bytes.
+        if name not in _BROKER_HEADERS and not (isinstance(name, str) and name.startswith(_BROKER_PREFIXES))
     }
     if content.compression is None:
         headers.pop(_COMPRESSION, None)

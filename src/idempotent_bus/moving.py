@@ -7,6 +7,8 @@ the other brokers have one only in `basic_publish`. The caller acks the original
 from __future__ import annotations
 
 import functools
+import logging
+import struct
 from collections.abc import Mapping
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -21,8 +23,13 @@ from .sending.resend import ResendPolicy
 
 __all__ = ["existing_queue", "let_go", "move", "put", "send"]
 
+log = logging.getLogger(__name__)
+
 #: kombu's virtual transports whose `_put` returns when the broker has the message.
 _STORED_WHEN_PUT: Final = frozenset({"memory", "redis", "sql"})
+#: What a driver's encoder raises for a value, and values for which it cannot.
+_CANNOT_BE_WRITTEN: Final = (RecursionError, TypeError, ValueError, OverflowError, struct.error)
+_SIMPLE: Final = (str, bytes, int, float, type(None))
 #: Two sends at most: while they are tried the neighbours wait, and a message that could not be moved is tried again.
 _RESEND: Final = ResendPolicy(max_sends=2, patience=10.0)
 
@@ -31,8 +38,21 @@ def move(message: Message, queue: str, headers: Mapping[str, Any], *, drop: froz
     """Put the message into a queue, which is taken as it is, or declared if there is none.
 
     headers: set on top of the message's own. drop: headers of the message that do not go with it.
-    Raises PublishError if the broker did not confirm it, or what a virtual transport's driver raises.
+    Headers of the sender's that the driver could read but cannot write (nested a thousand deep) are left behind: rather
+    without them than never. Raises PublishError if the broker did not confirm it, or what a virtual transport's driver
+    raises.
     """
+    try:
+        _move(message, queue, headers, drop)
+    except _CANNOT_BE_WRITTEN as error:
+        unwritable = frozenset(name for name, value in message.headers.items() if not isinstance(value, _SIMPLE))
+        if not unwritable - drop:
+            raise
+        log.warning("headers of a message cannot be written again (%s): it is moved without them", type(error).__name__)
+        _move(message, queue, headers, drop | unwritable)
+
+
+def _move(message: Message, queue: str, headers: Mapping[str, Any], drop: frozenset[str]) -> None:
     channel = message.channel
     if getattr(channel, "idempotent_edge", False) or driver_type(channel) in _STORED_WHEN_PUT:
         put(message, queue, headers, drop=drop)
