@@ -6,20 +6,20 @@ bare callback is a window of one message; `IdempotentConsumer` gives a handler a
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Generic, Protocol
+from typing import Any, Generic, Protocol
 
 from kombu.message import Message
 from typing_extensions import ParamSpec, TypeVar
 
 from .abandoned import OnAbandoned
+from .admission import MAX_BODY, Admission
 from .errors import (
     ConfigurationError,
-    InvalidBizId,
-    InvalidBody,
     InvalidMessage,
     Permanent,
     PublishError,
@@ -27,23 +27,13 @@ from .errors import (
 )
 from .events import Listener, notifier
 from .executor import Executor
-from .headers import DEAD_AT, REDRIVE, UNREADABLE
-from .headers import INNER_MSG_ID as INNER_MSG_ID_HEADER
 from .home import HandedOver, HomeThread
 from .hooks import Step, direct
 from .identity import (
-    INNER_MSG_ID,
     BizIdSpec,
     FingerprintSpec,
-    canonical_biz_id,
-    check_scope,
-    check_tenant,
-    extract_biz_id,
-    fingerprint,
-    record_key,
 )
 from .model import Reason
-from .msgid import published_at_of
 from .policy import DAY, Backoff, Policy
 from .results import MAX_RESULT_BYTES
 from .settlement import MessageSettlement, came_back, forbid_acks, was_fetched_without_ack
@@ -58,13 +48,6 @@ P = ParamSpec("P", default=...)
 R = TypeVar("R", default=Any)
 HandlerP = ParamSpec("HandlerP")
 HandlerR = TypeVar("HandlerR")
-
-#: The largest redrive number that is believed: every store can keep it, and nobody redrives so often.
-_MOST_REDRIVES: Final = 2**31 - 1
-
-
-#: The longest body that is looked at unless the consumer says otherwise, in bytes.
-MAX_BODY: Final = 16 * 2**20
 
 
 class WorkExecutor(Protocol):
@@ -112,30 +95,16 @@ class IdempotentHandler(Generic[P, R]):
         trust: Trust | None = None,
         max_body: int | None = MAX_BODY,
     ) -> None:
-        if not (isinstance(biz_id, str) and biz_id) and not callable(biz_id) and biz_id is not INNER_MSG_ID:
-            raise ConfigurationError(
-                "biz_id must be a path such as 'payment_id', a function of the body, or INNER_MSG_ID"
-            )
-        if not isinstance(fingerprint, (bool, str, Sequence)):
-            raise ConfigurationError("fingerprint must be True, False, or names of fields of the body")
         if dead_letter is not None and not (isinstance(dead_letter, str) and dead_letter):
             raise ConfigurationError("dead_letter must be the name of a queue")
-        if trust is not None and not isinstance(trust, Trust):
-            raise ConfigurationError("trust must be a Trust, made with the producers' keys")
-        if max_body is not None and (type(max_body) is not int or max_body < 1):
-            raise ConfigurationError("max_body must be a number of bytes, or None for no limit")
+        self._admission = Admission(scope, biz_id, fingerprint, tenant, trust, max_body)
         _check_plain(handler)
         functools.update_wrapper(self, handler)
-        self.scope = check_scope(scope)
+        self.scope = scope
         self.dead_letter = dead_letter if dead_letter is not None else f"{scope}.dead"
         self.executor = executor
         self._handler = handler
         self._homes = threading.local()
-        self._biz_id = biz_id
-        self._fingerprint = fingerprint
-        self._tenant = check_tenant(tenant)
-        self._trust = trust
-        self._max_body = max_body
 
     def __get__(self, instance: Any, owner: type | None = None) -> IdempotentHandler[P, R]:
         # As the plain handler would be bound: a function to the instance, a classmethod to its class.
@@ -143,19 +112,10 @@ class IdempotentHandler(Generic[P, R]):
         bound = self._handler if bind is None else bind(self._handler, instance, owner)
         if bound is self._handler:
             return self
-        handler = IdempotentHandler(
-            bound,
-            self.executor,
-            scope=self.scope,
-            biz_id=self._biz_id,
-            fingerprint=self._fingerprint,
-            dead_letter=self.dead_letter,
-            tenant=self._tenant,
-            trust=self._trust,
-            max_body=self._max_body,
-        )
+        handler = copy.copy(self)
+        handler._handler = bound
+        functools.update_wrapper(handler, bound)
         handler.__wrapped__ = getattr(bound, "__func__", bound)
-        handler._homes = self._homes  # a bound method is a new object each time
         return handler
 
     def __call__(self, body: Any, message: Message) -> R | None:
@@ -220,16 +180,13 @@ class IdempotentHandler(Generic[P, R]):
         What is too large or from nobody that is trusted is not even decoded.
         """
         try:
-            self._check_size(message)
-            _check_readable(message)
-            if message.errors:
-                self.refuse_undecodable(message.errors[0][1], settle)
-                return None
-            producer = self._producer_of(message)
+            producer = self._admission.producer_of(message)
         except InvalidMessage as error:
             self._refuse(error, settle)
             return None
         try:
+            if message.errors:
+                message._reraise_error()
             body = message.decode()
         except Exception as error:  # noqa: BLE001 - a body that cannot be decoded must neither be lost nor end the consumer
             self.refuse_undecodable(error, settle)
@@ -239,67 +196,39 @@ class IdempotentHandler(Generic[P, R]):
     def work(self, body: Any, message: Message, settle: Settlement) -> Work | None:
         """The same for a message whose body was decoded before."""
         try:
-            self._check_size(message)
-            _check_readable(message)
-            producer = self._producer_of(message)
+            producer = self._admission.producer_of(message)
         except InvalidMessage as error:
             self._refuse(error, settle)
             return None
         return self._work(body, message, settle, producer)
 
     def _work(self, body: Any, message: Message, settle: Settlement, producer: str) -> Work | None:
-        headers = message.headers
-        inner_msg_id = headers.get(INNER_MSG_ID_HEADER)
-        redrive = headers.get(REDRIVE, 0)
         try:
-            if self._biz_id is INNER_MSG_ID:
-                if inner_msg_id is None:
-                    raise InvalidBizId(f"the message has no header {INNER_MSG_ID_HEADER!r}, which is this scope's id")
-                biz_id = canonical_biz_id(inner_msg_id)
-            else:
-                biz_id = extract_biz_id(self._biz_id, body)  # type: ignore[arg-type]  # INNER_MSG_ID is handled above
-            digest = fingerprint(body, self._fingerprint)
-            if type(redrive) is not int or not 0 <= redrive <= _MOST_REDRIVES:
-                raise InvalidMessage(f"the header {REDRIVE!r} is not a number of redrives")
+            who = self._admission.identify(body, message, producer)
         except InvalidMessage as error:
             self._refuse(error, settle)
             return None
-        key = record_key(self.scope, biz_id, tenant=self._tenant, producer=producer)
         if isinstance(settle, MessageSettlement):  # for its dead letter
-            settle.record, settle.fingerprint = key.hex(), None if digest is None else digest.hex()
+            settle.record, settle.fingerprint = (
+                who.key.hex(),
+                None if who.fingerprint is None else who.fingerprint.hex(),
+            )
         return Work(
             scope=self.scope,
-            biz_id=biz_id,
-            key=key,
+            biz_id=who.biz_id,
+            key=who.key,
             run=functools.partial(self._run, body, message),
             settle=settle,
-            fingerprint=digest,
-            inner_msg_id=inner_msg_id if isinstance(inner_msg_id, str) else None,
+            fingerprint=who.fingerprint,
+            inner_msg_id=who.inner_msg_id,
             redelivered=came_back(message),
-            redrive=redrive,
-            published_at=_in_the_bus_since(message, redrive),
+            redrive=who.redrive,
+            published_at=who.published_at,
         )
-
-    def _check_size(self, message: Message) -> None:
-        limit, body = self._max_body, message.body
-        if limit is None or not isinstance(body, (bytes, bytearray, str)):
-            return
-        size = len(body)
-        if isinstance(body, str) and size <= limit < 4 * size:  # py-amqp decodes what it can
-            size = len(body.encode(errors="surrogatepass"))
-        if size > limit:
-            raise InvalidBody(f"the body is too large: {size} bytes, and max_body is {limit}")
 
     def _refuse(self, error: InvalidMessage, settle: Settlement) -> None:
         reason = Reason.UNTRUSTED if isinstance(error, Untrusted) else Reason.INVALID
         self.executor.refuse(self.scope, settle, reason, str(error))
-
-    def _producer_of(self, message: Message) -> str:
-        """Whose records the message belongs to: a trusted producer's, or everybody's. Raises Untrusted."""
-        if self._trust is None:
-            return ""
-        producer = self._trust.verify(message.headers, message.body, message.content_type, message.content_encoding)
-        return producer if self._trust.separate else ""
 
     def _run(self, body: Any, message: Message, *more: Any) -> R:
         forbid_acks(message)
@@ -329,22 +258,8 @@ class IdempotentHandler(Generic[P, R]):
         raise ConfigurationError(f"{self.scope}: {why}. This message was moved to {self.dead_letter}.")
 
 
-def _in_the_bus_since(message: Message, redrive: int) -> float | None:
-    """When the message was published, or moved out of the dead letter; see `Work.published_at`."""
-    published = published_at_of(message.headers.get(INNER_MSG_ID_HEADER), message.properties.get("timestamp"))
-    moved = published_at_of(None, message.headers.get(DEAD_AT))  # a header can say anything
-    if redrive and published is not None and moved is not None:
-        return max(published, moved)
-    return published
-
-
 def _is_open(channel: Any) -> bool:
     return channel.connection is not None and not getattr(channel, "closed", False)
-
-
-def _check_readable(message: Message) -> None:
-    if UNREADABLE in message.headers:
-        raise InvalidMessage("the message's properties could not be read")
 
 
 def _check_plain(handler: Any) -> None:
