@@ -228,5 +228,8 @@ class LeasedExecution(Execution):
         else:
             error = Permanent(reason) if permanent else Transient(reason)
         with self.lock:
-            if self.ending is None and self.completed is None:
-                self._finisher.fail(self, error)
+            if self.ending is not None or self.completed is not None:
+                return
+            self.ending = Ending(Ended.FAILED)  # from here on nothing else ends it
+        # Not under the lock: the dead letter is written by the consuming thread, and that may be waiting for the lock.
+        self._finisher.fail(self, error)

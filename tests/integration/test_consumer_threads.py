@@ -449,3 +449,29 @@ def test_wrong_settings_are_refused_at_once(options: dict[str, Any], unique: str
     handle = idempotent_consumer(MemoryStore(), scope=unique, **QUICK)(lambda body, message: None)
     with pytest.raises(ConfigurationError):
         IdempotentConsumer("memory://", {Queue(unique): handle}, **options)
+
+
+@on("memory", "rabbitmq-classic")
+def test_another_thread_fails_it_while_the_handler_raises(broker: Broker) -> None:
+    """The other thread waits for the consuming one to write the dead letter: neither waits for the other for ever."""
+    queue, asked, told = broker.queue(), threading.Event(), []
+
+    def fail(execution: Execution) -> None:
+        execution.fail("nothing helps", permanent=True)
+        told.append(1)
+
+    @idempotent_consumer(MemoryStore(), scope=broker.unique, manual=True, **QUICK)
+    def handle(body: Any, message: Message) -> None:
+        thread = threading.Thread(target=fail, args=(current_execution(),), daemon=True)
+        thread.start()
+        asked.wait(0.5)  # until it waits for this thread
+        raise ValueError("at the same time")
+
+    fill(broker, queue, ["a"])
+    made = IdempotentConsumer(broker.connect(), {queue: handle})
+    with running(made, idle_timeout=1.5) as home:
+        assert poll(lambda: told == [1]), "they wait for each other"
+        home.join(10)
+        assert not home.is_alive()
+    assert len(broker.take(broker.dead, 2, timeout=1.0)) == 1
+    assert broker.is_empty(queue.name)
