@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from abc import ABC, abstractmethod
 from typing import Final
@@ -37,9 +36,10 @@ class Point(ABC):
     def undo(self) -> None:
         """The handler raised."""
 
-    def clean_up(self) -> None:
-        """After the transaction's end."""
-        return
+    @property
+    def last_words(self) -> tuple[str, ...]:
+        """What is to be sent before the COMMIT."""
+        return ()
 
     def _mark(self, key: bytes) -> None:
         with translated(self._opened.connection):
@@ -101,10 +101,9 @@ class _Quick(Point):
         self._opened.run_together(f"ROLLBACK TO SAVEPOINT {_NAME}", f"RELEASE SAVEPOINT {_NAME}")
         self._is_open = False
 
-    def clean_up(self) -> None:
-        if self._prepared and not self._opened.connection.invalidated:
-            with contextlib.suppress(sa.exc.SQLAlchemyError):
-                self._opened.run_together(f"DEALLOCATE {self._prepared}")
+    @property
+    def last_words(self) -> tuple[str, ...]:
+        return (f"DEALLOCATE {self._prepared}",) if self._prepared else ()
 
     def _prepare(self) -> tuple[str, ...]:
         self._prepared = f"idempotent_bus_begin_{next(_numbers)}"

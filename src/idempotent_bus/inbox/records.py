@@ -21,6 +21,9 @@ __all__ = ["Records", "Seen", "Taken", "is_lock_timeout", "is_meeting"]
 _WAIT: Final = "1s"
 #: The same for each message of a window, once it is known that the window has met somebody.
 _WAIT_IN_WINDOW: Final = "50ms"
+_POINT: Final = "idempotent_bus_record"
+#: After so many busy records in a row the rest of a window is put off too.
+_MOST_BUSY: Final = 3
 #: MariaDB counts in seconds.
 _MARIADB_WAIT: Final = "SET STATEMENT innodb_lock_wait_timeout={} FOR"
 
@@ -93,7 +96,9 @@ class Records:
                 "fingerprints": [work.fingerprint for work in works],
                 "retention": _us(retention),
             }
+            earlier = self._wait_briefly(link, self._texts)
             rows, _ = link.run(self._texts["take_many"], values)
+            self._wait_as_before(link, earlier)
             return {_bytes(row[0]): Taken(row[1], row[2]) for row in rows}
         if self.database == "mysql":
             text, values = self._many_rows(works, retention)
@@ -111,14 +116,41 @@ class Records:
         """One record of a window."""
         return self._take(link, self._window, "take_one", _row(self.database, work, retention), completed=0)
 
-    def wait_briefly(self, link: Link) -> Any:
-        """For what `take_one` waits, on PostgreSQL: from now on only very briefly. Gives what it was before."""
-        return link.run(self._window["wait_briefly"], {})[0][0][0] if self.database == "postgresql" else None
+    def take_each(self, link: Link, works: Sequence[Work], retention: float) -> tuple[dict[bytes, Taken], set[bytes]]:
+        """As `take_many`, where that met somebody: those that are ours, and the keys of those that others hold.
 
-    def wait_as_before(self, link: Link, earlier: Any) -> None:
-        """Undo `wait_briefly`."""
-        if self.database == "postgresql":
-            link.run(self._window["wait_as_before"], {"wait": earlier})
+        One by one, with hardly a wait. After some busy ones in a row the rest counts as busy too: somebody else is at
+        the same window.
+        """
+        taken: dict[bytes, Taken] = {}
+        busy: set[bytes] = set()
+        in_a_row = 0
+        savepoints = self.database == "postgresql"  # elsewhere an error of one statement ends no transaction
+        earlier = self._wait_briefly(link, self._window) if savepoints else None
+        for work in sorted(works, key=lambda work: work.key):
+            if in_a_row >= _MOST_BUSY:
+                busy.add(work.key)
+                continue
+            if savepoints:
+                link.run(f"SAVEPOINT {_POINT}", {})
+            try:
+                found = self.take_one(link, work, retention)
+            except Exception as error:
+                if not is_lock_timeout(error):
+                    raise
+                busy.add(work.key)
+                in_a_row = _MOST_BUSY if self.database == "sqlite" else in_a_row + 1  # there it is the whole file
+                if savepoints:
+                    link.run(f"ROLLBACK TO SAVEPOINT {_POINT}", {})
+                continue
+            in_a_row = 0
+            if savepoints:
+                link.run(f"RELEASE SAVEPOINT {_POINT}", {})
+            if found is not None:
+                taken[work.key] = found
+        if savepoints:
+            self._wait_as_before(link, earlier)
+        return taken, busy
 
     # --- a record that is there -----------------------------------------------------------------------
 
@@ -135,7 +167,7 @@ class Records:
         values = {**_row(self.database, work, retention), "least": least}
         if self.database != "mysql":
             if self.database == "postgresql":
-                link.run(self._texts["wait_briefly"], {})  # for this transaction, which is our own
+                self._wait_briefly(link, self._texts)  # for this transaction, which is our own
             rows = link.run(self._texts["count"], values)[0]
             return int(rows[0][0]) if rows else 0
         self._wait(link, "wait_briefly")
@@ -183,6 +215,13 @@ class Records:
         rows = link.run(self._texts["over"], {"limit": limit})[0]
         # Looked at again: a record may have been taken anew in between.
         return sum(link.run(self._texts["purge"], {"key": row[0]})[1] for row in rows)
+
+    def _wait_briefly(self, link: Link, texts: Mapping[str, str]) -> Any:
+        """On PostgreSQL: from now on, in this transaction. Gives what it was before."""
+        return link.run(texts["wait_briefly"], {})[0][0][0]
+
+    def _wait_as_before(self, link: Link, earlier: Any) -> None:
+        link.run(self._texts["wait_as_before"], {"wait": earlier})
 
     # --- MySQL's way ------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
@@ -85,11 +85,13 @@ class Opened:
 
     def run_together(self, *texts: str) -> None:
         """Several statements without parameters, in one round trip. Only if it `is_quick`."""
+        self._check_ours()
         with translated(self.connection):
             self._driver.execute("; ".join(texts), prepare=False)
 
     def run(self, text: str) -> None:
         """One statement without parameters."""
+        self._check_ours()
         with translated(self.connection):
             self.link.run(text, {})
 
@@ -129,17 +131,23 @@ class Opened:
                 "transaction; let the error out, or use begin_nested() around what may fail"
             )
 
+    def _check_ours(self) -> None:
+        """Raise if the handler closed the connection: the driver's is the pool's again, and may be another's by now."""
+        if self.connection.closed:
+            raise HandlerEndedIt
+
     def flush(self) -> None:
         """Send what the handler's session still has to write."""
         if self.session is not None:
             self.session.flush()
 
-    def commit(self, results: Mapping[bytes, bytes]) -> None:
+    def commit(self, results: Mapping[bytes, bytes], then: Sequence[str] = ()) -> None:
         """Store the results, check that this is still the transaction in which the records were inserted, commit.
 
         Raises HandlerEndedIt, and what SQLAlchemy raises; then nothing was committed, unless the connection broke. With
-        psycopg 3 all of it is one round trip.
+        psycopg 3 all of it is one round trip. then: statements to send before the COMMIT, if it `is_quick`.
         """
+        self._check_ours()
         records = self._records
         if self._driver is None:
             with translated(self.connection):
@@ -150,7 +158,7 @@ class Opened:
             else:
                 self._ask(f"RELEASE SAVEPOINT {_MARK}")
         else:
-            texts = [*records.store_texts(results), self._check()]
+            texts = [*records.store_texts(results), *then, self._check()]
             if self.session is None:
                 texts.append("COMMIT")  # SQLAlchemy's own then finds nothing to do, and only tells its listeners
             self._ask("; ".join(texts))
@@ -162,8 +170,11 @@ class Opened:
     def was_committed(self, key: bytes) -> bool:
         """After the handler raised, or the transaction was found ended: whether it was committed, by the handler.
 
-        Rolls back what is left of it first. Raises what SQLAlchemy raises if nobody can tell.
+        Rolls back what is left of it first. Raises what SQLAlchemy raises if nobody can tell. True also if the handler
+        closed the connection.
         """
+        if self.connection.closed:
+            return True
         if not self._number:
             try:
                 self._ask(f"RELEASE SAVEPOINT {_MARK}")

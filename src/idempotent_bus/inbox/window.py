@@ -13,11 +13,11 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from ..hooks import CLAIM, COMMIT
+from ..hooks import CLAIM, COMMIT, RELEASE
 from ..results import encode_result
 from ..work import Work
 from .points import Point, point_for
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["Window"]
 
 log = logging.getLogger(__name__)
-
-#: After so many busy records in a row the rest is put off too: somebody else is at the same window.
-_MOST_BUSY: Final = 3
-_POINT: Final = "idempotent_bus_record"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,33 +127,7 @@ class Window:
         return _Found(self._records.take_many(opened.link, works, self._owner.policy.retention), set())
 
     def _take_each(self, opened: Opened, works: Sequence[Work]) -> _Found:
-        """One by one, in the order of the keys; those that are busy are left out."""
-        link, records = opened.link, self._records
-        earlier = records.wait_briefly(link)
-        found, in_a_row = _Found({}, set()), 0
-        for work in sorted(works, key=lambda work: work.key):
-            if in_a_row >= _MOST_BUSY:
-                found.busy.add(work.key)
-                continue
-            if records.database == "postgresql":
-                link.run(f"SAVEPOINT {_POINT}", {})
-            try:
-                taken = records.take_one(link, work, self._owner.policy.retention)
-            except Exception as error:
-                if not is_lock_timeout(error):
-                    raise
-                found.busy.add(work.key)
-                in_a_row = _MOST_BUSY if records.database == "sqlite" else in_a_row + 1  # there it is the whole file
-                if records.database == "postgresql":
-                    link.run(f"ROLLBACK TO SAVEPOINT {_POINT}", {})
-                continue
-            in_a_row = 0
-            if records.database == "postgresql":
-                link.run(f"RELEASE SAVEPOINT {_POINT}", {})
-            if taken is not None:
-                found.taken[work.key] = taken
-        records.wait_as_before(link, earlier)
-        return found
+        return _Found(*self._records.take_each(opened.link, works, self._owner.policy.retention))
 
     # --- the handlers ---------------------------------------------------------------------------------------
 
@@ -166,16 +136,13 @@ class Window:
         owner, point = self._owner, point_for(opened, self._records)
         outcomes: dict[int, _Outcome] = {}
         results: dict[bytes, bytes] = {}
-        try:
-            for index, work in enumerate(self._works):  # gone through, since that may end it: see the consumer's stop
-                if index not in taken or taken[index].attempts:
-                    continue  # it has failed before, so it is no first delivery, whatever the broker says: singly
-                outcomes[index] = outcome = self._run(opened, point, index, work)
-                if outcome.result is not None:
-                    results[work.key] = outcome.result
-            owner.step(COMMIT, opened.commit, results)
-        finally:
-            point.clean_up()
+        for index, work in enumerate(self._works):  # gone through, since that may end it: see the consumer's stop
+            if index not in taken or taken[index].attempts:
+                continue  # it has failed before, so it is no first delivery, whatever the broker says: singly
+            outcomes[index] = outcome = self._run(opened, point, index, work)
+            if outcome.result is not None:
+                results[work.key] = outcome.result
+        owner.step(COMMIT, opened.commit, results, point.last_words)
         return outcomes
 
     def _run(self, opened: Opened, point: Point, index: int, work: Work) -> _Outcome:
@@ -205,7 +172,7 @@ class Window:
             except sa.exc.DBAPIError as failure:
                 raise self._ended_or(failure) from error
             with translated(opened.connection):
-                self._records.failed(opened.link, work.key, attempt)
+                owner.step(RELEASE, self._records.failed, opened.link, work.key, attempt)
             return _Outcome(attempt, error=error, seconds=time.monotonic() - began)
         try:
             point.keep()

@@ -18,23 +18,19 @@ FROM limits
 RETURNING r.attempts, CAST(pg_current_xact_id() AS text), (SELECT set_config('lock_timeout', wait, true) FROM limits);
 
 -- name: take_many
--- The rows that are ours now, as `take`, not yet completed; in the order of the keys, so that two windows which share
--- some never wait for each other in a circle.
-WITH limits AS MATERIALIZED (
-  SELECT earlier.wait, set_config('lock_timeout', '{wait}', true) AS set
-  FROM (SELECT current_setting('lock_timeout') AS wait OFFSET 0) AS earlier)
+-- The rows that are ours now, not completed yet; in the order of the keys, so that two windows which share some never
+-- wait for each other in a circle. The wait is set by the caller, since the first row that comes back is not the last
+-- that is inserted.
 INSERT INTO {inbox} AS r (record_key, kept_until, redrive, attempts, completed, fingerprint)
 SELECT a.record_key, {now} + CAST(:retention AS bigint), a.redrive, 0, 0, a.fingerprint
-FROM limits,
-     unnest(CAST(:keys AS uuid[]), CAST(:redrives AS bigint[]), CAST(:fingerprints AS bytea[]))
+FROM unnest(CAST(:keys AS uuid[]), CAST(:redrives AS bigint[]), CAST(:fingerprints AS bytea[]))
        AS a (record_key, redrive, fingerprint)
 ORDER BY a.record_key
 {again}
-RETURNING r.record_key, r.attempts, CAST(pg_current_xact_id() AS text),
-          (SELECT set_config('lock_timeout', wait, true) FROM limits);
+RETURNING r.record_key, r.attempts, CAST(pg_current_xact_id() AS text);
 
 -- name: take_one
--- One of a window, where `take_many` met somebody. The wait is set by the caller.
+-- One of a window, where `take_many` met somebody.
 INSERT INTO {inbox} AS r (record_key, kept_until, redrive, attempts, completed, fingerprint)
 VALUES (CAST(:key AS uuid), {now} + CAST(:retention AS bigint), CAST(:redrive AS bigint), 0, 0,
         CAST(:fingerprint AS bytea))
