@@ -17,7 +17,7 @@ from kombu.message import Message
 import hostile
 from consumer_rig import Broker, broker_of, drain, on
 from hostile import LARGE, SCOPES, Raw, canonical, expected
-from idempotent_bus import Ended, IdempotentConsumer, IdempotentHandler, frames, handler, idempotent_consumer
+from idempotent_bus import Ended, IdempotentConsumer, IdempotentHandler, admission, frames, idempotent_consumer
 from idempotent_bus import consumer as consumer_module
 from idempotent_bus.events import Event, EventKind
 from idempotent_bus.model import State
@@ -143,10 +143,10 @@ def test_ten_thousand(field: Field, caplog: pytest.LogCaptureFixture) -> None:
 
 
 @on("memory")
-@pytest.mark.parametrize("key", [handler.record_key, naive_key], ids=["ours", "naive"])
+@pytest.mark.parametrize("key", [admission.record_key, naive_key], ids=["ours", "naive"])
 def test_a_key_that_merges_ids_is_found_out(field: Field, key: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the check above: with a naive key the consumer merges ids, and the check fails."""
-    monkeypatch.setattr(handler, "record_key", key)
+    monkeypatch.setattr(admission, "record_key", key)
     raws = [raw for raw in hostile.generate(2_000) if raw.is_plain]
     field.send(raws)
     field.consume()
