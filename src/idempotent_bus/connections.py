@@ -81,14 +81,53 @@ class _SQLAlchemyLink(Link):
             raise _autocommit("give it an engine without isolation_level='AUTOCOMMIT'")
 
     def run(self, text: str, parameters: Mapping[str, Any]) -> tuple[list[Sequence[Any]], int]:
-        statement = _prepared(text, self.database, self._connection.dialect.paramstyle)
+        connection = self._connection
+        statement = _prepared(text, self.database, connection.dialect.paramstyle)
+        if _is_plain(connection):
+            return _run_on_the_cursor(connection, statement, parameters)
         try:
-            result = self._connection.exec_driver_sql(statement.text, statement.arguments(parameters))
+            result = connection.exec_driver_sql(statement.text, statement.arguments(parameters))
         except sa.exc.StatementError as error:
             error.hide_parameters = True  # whatever the engine's setting is: they are the message
             raise
         rows = cast("list[Sequence[Any]]", result.fetchall()) if result.returns_rows else []
         return rows, result.rowcount
+
+
+def _is_plain(connection: sa.Connection) -> bool:
+    """True if a transaction is open and in order, and nobody listens to what is executed or wants it logged."""
+    if not connection.in_transaction():
+        return False
+    nested = connection.get_nested_transaction()
+    if nested is not None and not nested.is_active:
+        return False
+    listening = getattr(connection, "_has_events", True) or getattr(connection.engine, "_has_events", True)
+    return not (listening or getattr(connection, "_echo", True))
+
+
+def _run_on_the_cursor(
+    connection: sa.Connection, statement: Statement, parameters: Mapping[str, Any]
+) -> tuple[list[Sequence[Any]], int]:
+    """As exec_driver_sql, errors included, in half the time: its bookkeeping costs more than an INSERT into SQLite."""
+    driver = connection.connection
+    cursor = driver.cursor()
+    try:
+        cursor.execute(statement.text, statement.arguments(parameters))
+        return (list(cursor.fetchall()) if cursor.description else []), cursor.rowcount
+    except Exception as error:
+        dialect = connection.dialect
+        kind = dialect.loaded_dbapi.Error
+        if not isinstance(error, kind):
+            raise
+        gone = dialect.is_disconnect(error, driver.dbapi_connection, cursor)
+        if gone:
+            connection.invalidate(error)
+        raise sa.exc.DBAPIError.instance(
+            statement.text, None, error, kind, hide_parameters=True, connection_invalidated=gone, dialect=dialect
+        ) from error
+    finally:
+        with contextlib.suppress(Exception):  # of a connection that is gone
+            cursor.close()
 
 
 class _DjangoLink(Link):

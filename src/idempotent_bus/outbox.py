@@ -231,7 +231,7 @@ def _row(outgoing: Outgoing, expiration: float | None) -> dict[str, Any]:
     # The id has a column of its own, and the relay's producer puts it back.
     headers = {name: value for name, value in outgoing.headers.items() if name != INNER_MSG_ID}
     return {
-        "inner_msg_id": uuid.UUID(outgoing.inner_msg_id).bytes,
+        "inner_msg_id": bytes.fromhex((outgoing.inner_msg_id or "").replace("-", "")),
         "exchange": _short(outgoing.exchange, "the exchange's name"),
         "routing_key": _short(outgoing.routing_key, "the routing key"),
         "content_type": _short(outgoing.content_type or "", "the content type"),
@@ -261,6 +261,8 @@ def _json(value: Any, what: str) -> str:
 
 
 def _short(text: str, what: str) -> str:
+    if len(text) < 64 and text.isprintable():  # nearly always
+        return text
     # AMQP's own limit. A column that cut it would send the message elsewhere.
     try:
         length = len(text.encode())

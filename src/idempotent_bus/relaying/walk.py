@@ -57,6 +57,9 @@ class Walk:
         for _ in range(_PIECES):
             rows = read(self._cursor, piece)
             for key, group in itertools.groupby(rows, key=lambda row: row.order_key):
+                if self._wrapped and key > self._anchor:
+                    self._begin_anew()  # round: from here on all were looked at before
+                    return found, not found
                 run = _run(list(group), min(_RUN, limit - count), now)
                 if run:
                     found.append(run)
@@ -72,9 +75,6 @@ class Walk:
                     return found, not found
                 self._wrapped = True
                 self._cursor = _START
-            elif self._wrapped and self._cursor >= self._anchor:
-                self._begin_anew()
-                return found, not found
         if found:
             self._begin_anew()
         return found, False
