@@ -16,7 +16,7 @@ from kombu import Connection, Consumer, Exchange, Queue
 from kombu.message import Message
 
 import servers
-from idempotent_bus import IdempotentConsumer, IdempotentProducer, transports
+from idempotent_bus import IdempotentConsumer, IdempotentProducer, delays, transports
 
 transports.register()
 
@@ -103,8 +103,7 @@ class Broker:
         if self.is_rabbitmq:
             with self.connect() as connection:
                 channel = connection.channel()
-                waits = [f"{name}.wait.{250 * 2**power}" for name in self.extra for power in range(12)]
-                for name in (*self.extra, *waits, self.dead):
+                for name in (*self.extra, *(delays.return_queue(name).name for name in self.extra), self.dead):
                     channel.queue_delete(name)
         elif "redis" in self.name:
             import redis

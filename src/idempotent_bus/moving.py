@@ -9,19 +9,20 @@ from __future__ import annotations
 import functools
 import logging
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 from kombu import Connection, Exchange, Queue
 from kombu.message import Message
 
-from .errors import Unroutable
+from . import delays
+from .errors import ConfigurationError, Unroutable
 from .kombu_message import content_of, driver_type, headers_of, properties_of
 from .producer import IdempotentProducer
 from .sending.resend import ResendPolicy
 
-__all__ = ["existing_queue", "let_go", "move", "put", "send"]
+__all__ = ["let_go", "let_wait", "move", "put", "send"]
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +58,12 @@ def _move(message: Message, queue: str, headers: Mapping[str, Any], drop: frozen
     if getattr(channel, "idempotent_edge", False) or driver_type(channel) in _STORED_WHEN_PUT:
         put(message, queue, headers, drop=drop)
     else:
-        send(message, existing_queue(queue), headers, drop=drop)
+        send(message, queue, headers, drop=drop)
 
 
 def send(
     message: Message,
-    queue: Queue,
+    queue: str,
     headers: Mapping[str, Any],
     *,
     drop: frozenset[str] = frozenset(),
@@ -72,8 +73,35 @@ def send(
 
     Raises PublishError, or ConfigurationError if the broker refuses to declare the queue.
     """
-    content = content_of(message)
+    publish = _publisher(message, headers, drop)
+    try:
+        publish(queue=_existing_queue(queue))
+    except Unroutable:
+        if not make:
+            raise
+        publish(queue=_declared_queue(queue))
+
+
+def let_wait(message: Message, queue: str, seconds: float, headers: Mapping[str, Any]) -> None:
+    """RabbitMQ: publish the message to where it waits, with a confirm; after `seconds` it is back in the queue.
+
+    Raises PublishError, or ConfigurationError if the broker refuses to declare what waiting needs.
+    """
     publish = functools.partial(
+        _publisher(message, headers, frozenset()), queue=_existing_queue(queue), exchange=delays.delay_name(seconds)
+    )
+    try:
+        try:
+            publish(declare=delays.entities(queue, seconds))
+        except Unroutable:  # somebody has deleted it after it was declared
+            publish(declare=delays.entities(queue, seconds, again=True))
+    except ConfigurationError as error:
+        raise delays.refused(f"{delays.delay_name(seconds)} or {delays.return_queue(queue).name}", error) from error
+
+
+def _publisher(message: Message, headers: Mapping[str, Any], drop: frozenset[str]) -> Callable[..., Any]:
+    content = content_of(message)
+    return functools.partial(
         _producer_of(message.channel).forward,
         content.body,
         headers=_merged(headers_of(message, content), headers, drop),
@@ -81,13 +109,6 @@ def send(
         content_encoding=content.content_encoding,
         **properties_of(message),
     )
-    try:
-        publish(queue=queue)
-    except Unroutable:
-        if not make:
-            raise
-        # It is not there, or not there any more although it was declared before.
-        publish(queue=_declared(queue))
 
 
 def put(
@@ -116,19 +137,19 @@ def put(
 
 
 @functools.lru_cache(maxsize=512)  # the same object, so that it is declared once
-def existing_queue(name: str) -> Queue:
+def _existing_queue(name: str) -> Queue:
     """A queue that is taken as it is: a dead letter that somebody declared in his own way serves as well."""
     return Queue(name, exchange=Exchange(""), no_declare=True)
 
 
-class _AlwaysDeclared(Queue):  # type: ignore[misc]  # kombu has no types
+class _DeclaredAgain(Queue):  # type: ignore[misc]  # kombu has no types
     """A queue of which nobody remembers that it was declared before."""
 
     can_cache_declaration = False
 
 
-def _declared(queue: Queue) -> Queue:
-    return _AlwaysDeclared(queue.name, exchange=Exchange(""), durable=True, queue_arguments=queue.queue_arguments)
+def _declared_queue(name: str) -> Queue:
+    return _DeclaredAgain(name, exchange=Exchange(""), durable=True)
 
 
 def _merged(own: dict[str, Any], more: Mapping[str, Any], drop: frozenset[str]) -> dict[str, Any]:

@@ -172,10 +172,13 @@ class IdempotentProducer:
         headers: Mapping[str, Any],
         content_type: str,
         content_encoding: str,
+        exchange: str = "",
+        declare: Iterable[Any] | None = None,
         **properties: Any,
     ) -> Receipt:
         """Send an existing message, body, headers and id untouched, to one queue, which is declared first.
 
+        exchange: what leads to that queue by its name, in the end. declare: what is declared first in its place.
         Unlike `publish` it keeps the inner-msg-id that the headers bring, or that there is none. Returns and raises
         as `publish` does; a duplicate means that this queue has the message already.
         """
@@ -183,10 +186,10 @@ class IdempotentProducer:
         outgoing = prepare(
             body,
             inner_msg_id=known,
-            exchange="",
+            exchange=exchange,
             routing_key=queue.name,
             headers=headers,
-            declare=(queue,),
+            declare=(queue,) if declare is None else declare,
             serializer=None,
             content_type=content_type,
             content_encoding=content_encoding,

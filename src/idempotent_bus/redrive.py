@@ -25,7 +25,7 @@ from .headers import DEAD_AT, DEAD_FINGERPRINT, DEAD_REASON, DEAD_RECORD, ORIGIN
 from .hooks import ACK, PUBLISH, Step, direct
 from .kombu_message import DELIVERY_COUNT, OF_ONE_DEATH, driver_type, is_amqp, redrives
 from .model import KEY_BYTES, Reason, Record, State
-from .moving import existing_queue, let_go, move, send
+from .moving import let_go, move, send
 from .sending.lane import private_copy
 from .store import LookupStore
 
@@ -262,7 +262,7 @@ class _Visit:
     def _move(self, message: Message, target: str, headers: Mapping[str, Any]) -> None:
         if self._amqp:
             # Not declared: a queue that nobody consumes any more is no place for it.
-            send(message, existing_queue(target), headers, drop=OF_ONE_DEATH, make=False)
+            send(message, target, headers, drop=OF_ONE_DEATH, make=False)
         else:
             move(message, target, headers, drop=OF_ONE_DEATH)
 
@@ -271,7 +271,7 @@ class _Visit:
         # delivery, and comes nearer to the limit at which the message is destroyed: there a new copy takes its place.
         if self._amqp and message.headers.get(DELIVERY_COUNT):
             with contextlib.suppress(Unroutable, Rejected):
-                send(message, existing_queue(self._queue), {}, make=False)
+                send(message, self._queue, {}, make=False)
                 message.ack()
 
     def put_back(self) -> None:

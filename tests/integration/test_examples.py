@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from kombu import Connection
 
 import servers
-from idempotent_bus.delays import delay_queues
+from idempotent_bus.delays import return_queue
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "membership_card"
 
@@ -43,8 +43,7 @@ def on_servers() -> Iterator[dict[str, str]]:
     engine.dispose()
     with Connection(broker) as connection:
         channel = connection.channel()
-        waiting = [queue.name for queue in delay_queues(f"{name}.cards", 300.0)]
-        for queue in (f"{name}.cards", f"{name}.issue.dead", *waiting):
+        for queue in (f"{name}.cards", f"{name}.issue.dead", return_queue(f"{name}.cards").name):
             channel.queue_delete(queue)
         channel.exchange_delete(f"{name}.payments")
 

@@ -11,7 +11,7 @@ from kombu.message import Message
 
 from idempotent_bus import HandlerAcknowledged
 from idempotent_bus import settlement as settling
-from idempotent_bus.delays import delay_for, delay_queue, delay_queues
+from idempotent_bus.delays import delay_for, delay_name, entities, return_queue
 from idempotent_bus.errors import ConfigurationError, PublishUnknown
 from idempotent_bus.headers import DEAD_ERROR, DEAD_FINGERPRINT, DEAD_REASON, DEAD_RECORD, ORIGIN_QUEUE
 from idempotent_bus.kombu_message import (
@@ -62,28 +62,37 @@ def settlement(of: Message, **values: Any) -> MessageSettlement:
 def test_a_delay_queue_waits_at_least_as_long(seconds: float, milliseconds: int) -> None:
     """Powers of two from a quarter of a second: never shorter than asked, less than twice as long, few queues."""
     assert delay_for(seconds) == milliseconds
-    made = delay_queue("q", seconds)
-    assert made.name == f"q.wait.{milliseconds}"
-    assert made.queue_arguments["x-message-ttl"] == milliseconds
-    assert made.queue_arguments["x-dead-letter-routing-key"] == "q"
-    assert made.queue_arguments["x-dead-letter-strategy"] == "at-least-once"
-    assert made is delay_queue("q", seconds), "the same object, so that it is declared once"
+    assert delay_name(seconds) == f"idempotent-bus.wait.{milliseconds}"
+    delay = entities("q", seconds)[-1]
+    assert delay.name == delay.exchange.name == delay_name(seconds)
+    assert delay.exchange.type == "fanout"
+    assert delay.queue_arguments["x-message-ttl"] == milliseconds
+    assert "x-dead-letter-routing-key" not in delay.queue_arguments, "the message's own says where it goes back to"
 
 
-def test_all_delay_queues_up_to_the_longest_wait() -> None:
-    """What is declared at start-up is what any wait up to the longest uses: none is first declared in trouble."""
-    names = [queue.name for queue in delay_queues("q", 300.0)]
-    assert names == [f"q.wait.{250 * 2**power}" for power in range(12)]
-    for seconds in (0.0, 0.3, 1.0, 77.0, 299.9, 300.0):
-        assert delay_queue("q", seconds).name in names
+def test_what_waits_returns_through_a_queue_of_its_own() -> None:
+    """I13: `<queue>.back` hands on at once and takes everything, so that no other queue's messages wait behind it."""
+    back = return_queue("q")
+    assert (back.name, back.routing_key, back.exchange.name) == ("q.back", "q", "idempotent-bus.back")
+    assert back.queue_arguments["x-message-ttl"] == 0
+    assert back.queue_arguments["x-dead-letter-routing-key"] == "q"
+    stranded, *rest = entities("q", 1.0)
+    assert back.exchange.arguments == {"alternate-exchange": stranded.exchange.name}
+    for queue in rest:
+        assert queue.durable
+        assert queue.exchange.durable
+        assert queue.queue_arguments["x-dead-letter-strategy"] == "at-least-once"
+    assert entities("q", 1.0) == entities("q", 0.9)
+    assert all(one is two for one, two in zip(entities("q", 1.0), entities("q", 0.9), strict=True)), "declared once"
+    assert not any(queue.can_cache_declaration for queue in entities("q", 1.0, again=True))
 
 
 def test_a_name_too_long_for_amqp_is_hashed() -> None:
-    """A queue's name may have all 255 bytes: its delay queues still have names of their own."""
-    one, two = "a" * 255, "a" * 254 + "b"
-    names = {queue.name for name in (one, two) for queue in delay_queues(name, 300.0)}
-    assert len(names) == 24
+    """A queue's name may have all 255 bytes: the queue through which messages return to it still has its own."""
+    names = [return_queue(queue).name for queue in ("a" * 255, "a" * 254 + "b", "é" * 126, "a" * 250)]
+    assert len(set(names)) == 4
     assert all(len(name.encode()) <= 255 for name in names)
+    assert names[-1] == "a" * 250 + ".back"
 
 
 def test_what_the_broker_added_is_not_sent_on() -> None:
@@ -158,7 +167,7 @@ def test_the_handler_cannot_settle_but_the_library_can() -> None:
         ({}, False),
         ({"delivery_info": {"redelivered": False}}, False),
         ({"delivery_info": {"redelivered": True}}, True),
-        ({"headers": {"x-death": [{"queue": "q.wait.250"}]}}, True),
+        ({"headers": {"x-death": [{"queue": "q.back"}]}}, True),
         ({"headers": {"idempotent-bus-redrive": 1}}, True),
         ({"headers": {"idempotent-bus-redrive": 0}}, False),
         ({"headers": {"idempotent-bus-redrive": "1"}}, False),
@@ -219,13 +228,17 @@ def test_no_ack_is_seen_on_amqp_and_on_virtual_channels() -> None:
 
 
 class Moves:
-    """In place of moving.move and moving.send: remembers, or fails."""
+    """In place of moving.move and moving.let_wait: remembers, or fails."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *errors: Exception | None) -> None:
         self.sent: list[tuple[str, dict[str, Any]]] = []
         self.errors = list(errors)
         monkeypatch.setattr(settling, "move", self)
-        monkeypatch.setattr(settling, "send", lambda message, queue, headers: self(message, queue.name, headers))
+        monkeypatch.setattr(settling, "let_wait", self.let_wait)
+
+    def let_wait(self, of: Message, queue: str, seconds: float, headers: Any) -> None:
+        assert headers == {ORIGIN_QUEUE: queue}
+        self(of, f"{queue} in {seconds}", headers)
 
     def __call__(self, of: Message, queue: str, headers: Any, *, drop: frozenset[str] = frozenset()) -> None:
         error = self.errors.pop(0) if self.errors else None
@@ -270,7 +283,7 @@ def test_a_dead_letter_that_cannot_be_written_is_said_and_waits(
     channel = Channel()
     moves = Moves(monkeypatch, error)
     assert settlement(message(channel), queue="q").dead_letter(Reason.PERMANENT, "", 1) is False
-    assert [queue for queue, _ in moves.sent] == ["q.wait.4000"]
+    assert [queue for queue, _ in moves.sent] == ["q in 4.0"]
     assert channel.done == [("ack", 7, False)]
 
 

@@ -10,7 +10,7 @@ import sqlite3
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -158,15 +158,11 @@ def _declare(settings: Settings) -> None:
 def _remove(settings: Settings) -> None:
     """Leave nothing of this run in the broker."""
     with contextlib.suppress(Exception), _connection(settings) as connection:
-        for name in (settings.queue, f"{SCOPE}{settings.queue}.dead", *_delay_queues(settings.queue)):
+        for name in (settings.queue, f"{SCOPE}{settings.queue}.dead", f"{settings.queue}.back"):
             with contextlib.suppress(Exception):
                 Queue(name)(connection.channel()).delete()
         with contextlib.suppress(Exception):
             sender.topology(settings)[0](connection.channel()).delete()
-
-
-def _delay_queues(queue: str) -> Iterator[str]:
-    return (f"{queue}.wait.{250 * 2**power}" for power in range(8))
 
 
 def _connection(settings: Settings) -> Connection:
