@@ -38,10 +38,11 @@ def kill_in_the_middle(made: Scene, number: int) -> int:
         os.kill(pid, signal.SIGKILL)
         victims.add(pid)
         torn += open_now[pid]
-        time.sleep(0.7)
+        time.sleep(0.5)
     return torn
 
 
+@pytest.mark.slow  # ten processes have to be started again, with a pause that grows
 @pytest.mark.parametrize("name", ["rabbitmq-quorum", "ours-redis"])
 def test_killed_processes_lose_nothing_and_double_nothing(name: str, unique: str, tmp_path: Path) -> None:
     """I1, I2, I3: 500 messages, 2 processes of 4 threads, 10 SIGKILLs: 500 rows in a table that would take doubles."""
