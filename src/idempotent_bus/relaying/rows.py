@@ -120,7 +120,8 @@ class Rows:
 
     def lock_heads(self, connection: sa.Connection, ids: Sequence[int], now: int) -> set[int]:
         """Those of the rows that may still be claimed, locked."""
-        return {row[0] for row in connection.execute(self._texts["lock_heads"], {"ids": list(ids), "now": now})}
+        found = connection.execute(self._texts["lock_heads"], {"ids": list(ids)})
+        return {row[0] for row in found if row[1] == RowState.ORDERED and row[2] <= now and row[3] <= now}
 
     def take(
         self, connection: sa.Connection, ids: Sequence[int], *, owner: bytes, now: int, lease: int
