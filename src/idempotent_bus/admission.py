@@ -12,8 +12,7 @@ from typing import Any, Final
 from kombu.message import Message
 
 from .errors import ConfigurationError, InvalidBizId, InvalidBody, InvalidMessage
-from .frames import UNREADABLE
-from .headers import DEAD_AT, REDRIVE
+from .headers import DEAD_AT, REDRIVE, UNREADABLE
 from .headers import INNER_MSG_ID as INNER_MSG_ID_HEADER
 from .identity import (
     INNER_MSG_ID,
@@ -80,6 +79,13 @@ class Admission:
         Raises InvalidMessage if it is too large or cannot be read, and Untrusted.
         """
         self._check_size(message)
+        if message.errors:  # kombu has not decompressed it, so that nobody can see what was signed
+            error = message.errors[0][1]
+            raise (
+                error
+                if isinstance(error, InvalidMessage)
+                else InvalidBody(f"cannot be decoded: {type(error).__name__}")
+            )
         if UNREADABLE in message.headers:
             raise InvalidMessage("the message's properties could not be read")
         if self.trust is None:

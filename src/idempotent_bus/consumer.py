@@ -30,6 +30,7 @@ from .errors import ConfigurationError
 from .frames import read_everything
 from .handler import IdempotentHandler, WorkExecutor, idempotent_consumer
 from .home import HandedOver, HomeThread
+from .inflating import limit_inflation
 from .pool import Pool
 from .sending.lane import private_copy
 from .settlement import let_go
@@ -331,6 +332,8 @@ class IdempotentConsumer:
             self._has_more = _always if sock is None else functools.partial(_has_arrived, sock)
         # AMQP counts the prefetch for each consumer, quorum queues allow nothing else; kombu's own for the channel.
         channel.basic_qos(0, max(1, self._prefetch // len(self._handlers)) if amqp else self._prefetch, False)
+        limits = [handler.max_body for handler in self._handlers.values()]
+        limit_inflation(channel, None if None in limits else max(limit for limit in limits if limit is not None))
         consumers = []
         for queue, handler in self._handlers.items():
             consumer = Consumer(channel, [queue], accept=self._accept, no_ack=False)

@@ -106,6 +106,11 @@ class IdempotentHandler(Generic[P, R]):
         self._handler = handler
         self._homes = threading.local()
 
+    @property
+    def max_body(self) -> int | None:
+        """The longest body that is looked at, in bytes; None: no limit."""
+        return self._admission.max_body
+
     def __get__(self, instance: Any, owner: type | None = None) -> IdempotentHandler[P, R]:
         # As the plain handler would be bound: a function to the instance, a classmethod to its class.
         bind = getattr(type(self._handler), "__get__", None)
@@ -185,8 +190,6 @@ class IdempotentHandler(Generic[P, R]):
             self._refuse(error, settle)
             return None
         try:
-            if message.errors:
-                message._reraise_error()
             body = message.decode()
         except Exception as error:  # noqa: BLE001 - a body that cannot be decoded must neither be lost nor end the consumer
             self.refuse_undecodable(error, settle)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
 import hashlib
 import logging
+import lzma
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import kombu.compression
+import kombu.message
 import pytest
 from kombu import Consumer, Exchange
 from kombu.message import Message
@@ -200,6 +205,37 @@ def test_hundreds_through_bare_callbacks(field: Field) -> None:
     assert refused + len(dead) + handled == len(raws)
     assert min(called["undecodable"], handled) > 20
     check_records(field)
+
+
+@on("memory", "ours-sqlite", "ours-redis", "rabbitmq-classic")
+@pytest.mark.parametrize("limited", [True, False], ids=["ours", "kombu alone"])
+def test_a_bomb_is_not_inflated(field: Field, limited: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I1: 64 MiB of zeros in a few KB are dead-lettered as they came, and kombu never sees them.
+
+    The control: without the measure kombu decompresses all of them, in a process that may have less memory.
+    """
+    inflated: list[int] = []
+
+    def decompress(body: Any, name: Any) -> Any:
+        whole = kombu.compression.decompress(body, name)
+        inflated.append(len(whole))
+        return whole
+
+    monkeypatch.setattr(kombu.message, "decompress", decompress)
+    if not limited:
+        monkeypatch.setattr(consumer_module, "limit_inflation", lambda channel, limit: None)
+    good = b'{"id": "good"}'
+    zeros = bytes(64 * LARGE)
+    bombs = {"gzip": zlib.compress(zeros), "bzip2": bz2.compress(zeros), "lzma": lzma.compress(zeros)}
+    field.send([Raw(0, bomb, headers={"compression": name}) for name, bomb in bombs.items()])
+    field.send([Raw(0, zlib.compress(good), headers={"compression": "gzip"})])
+    assert field.consume(idle=1.5) == {Ended.DEAD: 3, Ended.COMPLETED: 1}
+    assert inflated == ([len(good)] if limited else [len(zeros)] * 3 + [len(good)])
+    if limited:
+        monkeypatch.setattr(kombu.message, "decompress", lambda body, name: body)
+        dead = field.dead(3)
+        assert {message.headers["compression"]: message.body for message in dead} == bombs
+        assert all("too large" in message.headers["idempotent-bus-dead-error"] for message in dead)
 
 
 @on("rabbitmq-classic", "rabbitmq-quorum")

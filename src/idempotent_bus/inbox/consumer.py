@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from ..admission import MAX_BODY
 from ..errors import ConfigurationError
 from ..events import Listener, notifier
-from ..handler import MAX_BODY, HandlerP, HandlerR, IdempotentHandler
+from ..handler import HandlerP, HandlerR, IdempotentHandler
 from ..hooks import Step, direct
 from ..identity import BizIdSpec, FingerprintSpec
 from ..policy import DAY, Backoff, Policy
