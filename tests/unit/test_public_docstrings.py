@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import pkgutil
@@ -18,6 +19,8 @@ from idempotent_bus import execution, store
 def modules() -> Iterator[types.ModuleType]:
     """Every module that can be imported here: those whose driver is not installed are left out."""
     yield idempotent_bus
+    with contextlib.suppress(ModuleNotFoundError):
+        import django_rig  # noqa: F401 - Django's models can be imported only where a project is configured
     for info in pkgutil.walk_packages(idempotent_bus.__path__, "idempotent_bus.", onerror=lambda name: None):
         try:
             yield importlib.import_module(info.name)

@@ -1,0 +1,1 @@
+"""`manage.py relay` and `manage.py purge`."""

@@ -1,0 +1,38 @@
+"""`outbox.add`: a message in the same transaction as the effect that it tells of."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from django.db import connections
+
+from ..outbox import Added, Outbox
+from .conf import bus_settings
+from .databases import check_atomic
+
+__all__ = ["add"]
+
+
+def add(body: Any, *, using: str | None = None, **options: Any) -> Added:
+    """Add one message to the outbox in the open `transaction.atomic` block; returns its inner-msg-id.
+
+    It is there if and only if that block is committed: rolled back with it, with the savepoint in which it was added,
+    or with the request under ATOMIC_REQUESTS.
+
+    using: the alias of the database where the effect is; `IDEMPOTENT_BUS["DATABASE"]` if not given. exchange,
+    routing_key, order_by, delay, once and all else: as for `Outbox.add`; what is not given is as in
+    `IDEMPOTENT_BUS["OUTBOX"]`.
+
+    Raises ConfigurationError outside an atomic block, where the message would be durable without its effect; what
+    `Outbox.add` raises; and Django's database errors.
+    """
+    settings = bus_settings()
+    connection = connections[using or settings.database]
+    check_atomic(connection, "a message in the outbox")
+    return _outbox(settings.table_prefix, *settings.outbox.items()).add(connection, body, **options)
+
+
+@functools.lru_cache(maxsize=16)
+def _outbox(table_prefix: str, *options: tuple[str, Any]) -> Outbox:
+    return Outbox(None, table_prefix=table_prefix, create=False, **dict(options))
