@@ -21,8 +21,10 @@ from kombu.message import Message
 from kombu.transport import virtual
 
 from .errors import ConfigurationError, Rejected, Unroutable
+from .frames import read_everything
 from .headers import DEAD_AT, DEAD_FINGERPRINT, DEAD_REASON, DEAD_RECORD, ORIGIN_QUEUE, REDRIVE
 from .hooks import ACK, PUBLISH, Step, direct
+from .inflating import limit_inflation
 from .kombu_message import DELIVERY_COUNT, OF_ONE_DEATH, driver_type, is_amqp, redrives
 from .model import KEY_BYTES, Reason, Record, State
 from .moving import let_go, move, send
@@ -292,10 +294,12 @@ class _Visit:
 @contextlib.contextmanager
 def _own_channel(connection: Any) -> Iterator[Any]:
     copy = private_copy(connection)
+    read_everything(copy)
     with copy:
         copy.ensure_connection(max_retries=1)
         channel = copy.channel()
         channel.auto_decode = False  # py-amqp: the bodies as they came
+        limit_inflation(channel, 0)  # nobody looks into them here, and some may be dead for what is in them
         try:
             yield channel
         finally:

@@ -27,6 +27,7 @@ from idempotent_bus import consumer as consumer_module
 from idempotent_bus.events import Event, EventKind
 from idempotent_bus.model import State
 from idempotent_bus.policy import DAY
+from idempotent_bus.redrive import redrive
 from idempotent_bus.stores.memory import MemoryStore
 
 #: Ids and timestamps of the messages are of any time: being too old is not what is looked at here.
@@ -232,6 +233,9 @@ def test_a_bomb_is_not_inflated(field: Field, limited: bool, monkeypatch: pytest
     assert field.consume(idle=1.5) == {Ended.DEAD: 3, Ended.COMPLETED: 1}
     assert inflated == ([len(good)] if limited else [len(zeros)] * 3 + [len(good)])
     if limited:
+        assert redrive(field.broker.connect(), field.broker.dead).moved == 3
+        assert field.consume(idle=1.5) == {Ended.DEAD: 3}
+        assert inflated == [len(good)]
         monkeypatch.setattr(kombu.message, "decompress", lambda body, name: body)
         dead = field.dead(3)
         assert {message.headers["compression"]: message.body for message in dead} == bombs
