@@ -31,7 +31,7 @@ from .moving import let_go, move, send
 from .sending.lane import private_copy
 from .store import LookupStore
 
-__all__ = ["Outcome", "Redriven", "dead_letter_of", "redrive"]
+__all__ = ["Outcome", "Redriven", "dead_letter_of", "depth", "redrive"]
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +166,15 @@ def dead_letter_of(connection: Connection | str | Any, name: str) -> str:
     with _own_channel(connection) as channel:
         size = _size(channel, usual)
         return name if size is None or (size == 0 and not _knows_queues(channel)) else usual
+
+
+def depth(connection: Connection | str | Any, queue: str) -> int | None:
+    """How many messages are ready in a queue; None if there is no such queue, and the broker can tell.
+
+    Raises the broker's connection errors.
+    """
+    with _own_channel(connection) as channel:
+        return _size(channel, queue)
 
 
 # --- what is to become of a message -----------------------------------------------------------------
