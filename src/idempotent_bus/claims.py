@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from .errors import ConfigurationError, StoreError
-from .failing import doubt_pause
+from .failing import Silence
 from .hooks import ABANDON, CLAIM, RELEASE, Step
 from .model import NONCE_BYTES, Claimed, ClaimOutcome, ClaimRequest, Hold
 from .policy import Policy
@@ -51,9 +51,8 @@ class Claims:
         self._clock = clock
         self._step = step
         self._lock = threading.Lock()
-        self._doubtful: dict[bytes, bytes] = {}
-        #: How many claims or completions in a row have got no clear answer.
-        self.doubts = 0
+        self._doubtful: dict[bytes, tuple[bytes, bool]] = {}  # the nonce, and whether it was a reservation
+        self.silence = Silence(policy, clock)
 
     def store(self) -> Store:
         """The store. Raises ConfigurationError if it cannot do what the policy needs."""
@@ -77,18 +76,14 @@ class Claims:
                 continue
             claim = Claim(request, outcome, asked_at)
             if not self.is_late(claim):
-                self.doubts = 0
+                self.silence.end()
                 return claim
             # Its lease may be over before the handler is: asking again renews it, or shows that it is gone.
             doubt, late = "the store took more than half a lease to answer", claim
         log.warning("claim in scope %s is in doubt, nothing is run: %s", work.scope, doubt)
-        self.doubts += 1
+        self.silence.begin()
         if late is None:
-            # It may be ours without our knowing. Asked with the same nonce when the message comes back here, it is
-            # recognised, instead of blocking for a lease and then counting as an attempt.
-            with self._lock:
-                if len(self._doubtful) < _MOST_DOUBTFUL:
-                    self._doubtful[work.key] = request.nonce
+            self.remember(request)
         else:
             self.give_back(late)
         return Claim(request, None, self._clock())
@@ -118,7 +113,7 @@ class Claims:
         outcomes: Sequence[ClaimOutcome | None]
         try:
             outcomes = self._step(CLAIM, store.claim_many, asked)
-            self.doubts = 0
+            self.silence.end()
         except StoreError as error:
             # In doubt, so nobody runs on it. Each is claimed singly, with its reservation's nonce: if the
             # reservation was made and only its reply was lost, it is recognised instead of blocking for a lease.
@@ -128,6 +123,16 @@ class Claims:
             index: Claim(request, outcome, asked_at)
             for index, request, outcome in zip(chosen, asked, outcomes, strict=True)
         }
+
+    def remember(self, request: ClaimRequest) -> None:
+        """For a message that is put off in doubt: the claim may be ours without our knowing.
+
+        Asked with the same nonce when the message comes back here, it is recognised, instead of blocking for a lease
+        and then counting as an attempt.
+        """
+        with self._lock:
+            if len(self._doubtful) < _MOST_DOUBTFUL:
+                self._doubtful[request.key] = request.nonce, request.reserve
 
     def give_back(self, claim: Claim) -> None:
         """Give back a claim whose handler never started: it costs no attempt."""
@@ -149,15 +154,11 @@ class Claims:
         """True if a claim that won may be over before its handler is: half of its lease has gone by."""
         return isinstance(claim.outcome, Claimed) and self._clock() - claim.asked_at > self._policy.lease / 2
 
-    def pause(self) -> float:
-        """How long to put a message off that is in doubt, in seconds: longer while the store keeps silent."""
-        return doubt_pause(self._policy, self.doubts)
-
     def _request(self, work: Work, *, reserve: bool = False) -> ClaimRequest:
         nonce = None
         if self._doubtful:
             with self._lock:
-                nonce = self._doubtful.pop(work.key, None)
+                nonce, reserve = self._doubtful.pop(work.key, (None, reserve))
         return ClaimRequest(
             work.key,
             nonce or os.urandom(NONCE_BYTES),

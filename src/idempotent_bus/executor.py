@@ -105,6 +105,8 @@ class Executor:
             for index, work in enumerate(works):
                 claim = ahead.pop(index, None)
                 if silent:
+                    if claim is not None:
+                        claims.remember(claim.request)
                     endings.append(self._in_doubt(work))
                     continue
                 if claim is None:
@@ -114,7 +116,7 @@ class Executor:
                     # it is ours.
                     claim = claims.singly(work, claim.request)
                 ending = self._dispatch(work, claim)
-                silent = ending.how is Ended.IN_DOUBT and claims.doubts > 0
+                silent = ending.how is Ended.IN_DOUBT and bool(claims.silence)
                 endings.append(ending)
         except BaseException:
             for claim in ahead.values():
@@ -171,9 +173,9 @@ class Executor:
             return self._bury(work, hold, Reason.TOO_OLD, "older than the retention, so it may have been done before")
         if attempt > self.policy.most_attempts:
             return self._bury(work, hold, Reason.ATTEMPTS, "the attempts are used up", attempt - 1)
-        if claim.request.reserve and attempt > 1:
-            # It has failed before, so it is no first delivery, whatever the broker says. On a reservation a run
-            # whose worker dies is not counted; one such run is what the bound has room for (I12).
+        if claim.request.reserve and (attempt > 1 or work.redelivered):
+            # It has failed before, or it came back after its reservation was in doubt: no first delivery. On a
+            # reservation a run whose worker dies is not counted; one such run is what the bound has room for (I12).
             self._claims.give_back(claim)
             return self._dispatch(work, self._claims.singly(work))
         return self._run(work, execution)
@@ -296,7 +298,7 @@ class Executor:
             except StoreError as error:
                 if self._clock() + pause >= give_up:
                     log.error("completion in scope %s is in doubt after its handler succeeded: %s", work.scope, error)
-                    self._claims.doubts += 1
+                    self._claims.silence.begin()
                     return self._in_doubt(work)
             self._sleep(pause)
             pause = min(pause * 2, 1.0)
@@ -355,7 +357,7 @@ class Executor:
 
     def _in_doubt(self, work: Work) -> Ending:
         self._tell(EventKind.STORE_UNAVAILABLE, work)
-        return self._wait(work, Ended.IN_DOUBT, self._claims.pause())
+        return self._wait(work, Ended.IN_DOUBT, self._claims.silence.pause())
 
     def _lost(self, work: Work) -> Ending:
         self._tell(EventKind.LEASE_LOST, work)

@@ -10,7 +10,7 @@ from .model import Reason
 from .policy import LONGEST_SPREAD, Policy
 from .work import Ended, Work
 
-__all__ = ["Failing", "doubt_pause"]
+__all__ = ["Failing", "Silence"]
 
 #: While the store gives no answer, messages are put off for longer and longer, up to so many seconds.
 _LONGEST_DOUBT: Final = 15.0
@@ -57,7 +57,34 @@ class Failing:
         return work.published_at is not None and self._wall() - work.published_at > self._policy.retention
 
 
-def doubt_pause(policy: Policy, doubts: int) -> float:
-    """How long to put a message off that is in doubt, in seconds: longer the more doubts there were in a row."""
-    longest = max(_LONGEST_DOUBT, policy.busy_delay)
-    return min(policy.busy_delay * 2.0 ** min(max(doubts - 1, 0), 10), longest)
+class Silence:
+    """How long a store has given no clear answer, and so how long what is in doubt is put off. Safe for threads.
+
+    As long as the silence has lasted so far, so that each message asks about twice as late as the time before,
+    however many messages ask. clock: monotonic seconds.
+    """
+
+    __slots__ = ("_clock", "_policy", "_since")
+
+    def __init__(self, policy: Policy, clock: Callable[[], float]) -> None:
+        self._policy = policy
+        self._clock = clock
+        self._since: float | None = None
+
+    def __bool__(self) -> bool:
+        return self._since is not None
+
+    def begin(self) -> None:
+        """The store gave no clear answer."""
+        if self._since is None:
+            self._since = self._clock()
+
+    def end(self) -> None:
+        """It gave one."""
+        self._since = None
+
+    def pause(self) -> float:
+        """Seconds to wait before the next question: at least the policy's busy delay, at most 15 or that."""
+        since, shortest = self._since, self._policy.busy_delay
+        lasted = 0.0 if since is None else self._clock() - since
+        return min(max(shortest, lasted), max(shortest, _LONGEST_DOUBT))

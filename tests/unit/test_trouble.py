@@ -332,12 +332,14 @@ def test_a_silent_store_is_asked_less_and_less_and_answers_at_once() -> None:
     """I9, I13: in doubt messages wait longer and longer, up to 22.5 seconds; one answer, and it is over."""
     bench = Bench(busy_delay=1.0)
     executor, delays = bench.executor(), []
-    for _ in range(7):
-        bench.steps.error(CLAIM, times=2)
-        work = bench.work(boom)
-        assert executor.handle(work).how is Ended.IN_DOUBT
-        delays.append(answer(work)[1])
-    assert delays == [1.25, 2.5, 5.0, 10.0, 18.75, 18.75, 18.75]
+    for lasted in (0.0, 1.0, 1.5, 4.0, 9.0, 30.0):
+        bench.clock.advance(lasted)
+        for number in range(3):  # however many messages ask
+            bench.steps.error(CLAIM, times=2)
+            work = bench.work(boom, str(number))
+            assert executor.handle(work).how is Ended.IN_DOUBT
+        delays.append(answer(work)[1] / 1.25)
+    assert delays == [1.0, 1.0, 2.5, 6.5, 15.0, 15.0]
     assert executor.handle(bench.work(lambda: None)).how is Ended.COMPLETED
     bench.steps.error(CLAIM, times=2)
     work = bench.work(boom, "other")

@@ -32,7 +32,7 @@ import sqlalchemy as sa
 from ..dialects import is_contention
 from ..events import Event, EventKind, Notify
 from ..execution import Execution, running
-from ..failing import Failing, doubt_pause
+from ..failing import Failing, Silence
 from ..hooks import ACK, CLAIM, COMMIT, DEAD_LETTER, HANDLER, RELEASE, WAIT, Step, direct
 from ..model import Reason
 from ..policy import Policy
@@ -114,8 +114,7 @@ class Transactions:
         self._draw = draw
         self.step = step
         self._failing = Failing(policy, draw, lambda: self._wall())
-        #: How many messages in a row the database has left in doubt.
-        self._doubts = 0
+        self._silence = Silence(policy, time.monotonic)
 
     def handle(self, work: Work) -> Ending:
         """Handle one delivery; settles it, whatever happens, unless the broker's connection fails."""
@@ -162,7 +161,7 @@ class Transactions:
             reason = f"{type(error).__name__}: {str(getattr(error, 'orig', error)).partition(chr(10))[0]}"
             log.warning("the inbox of scope %s is in doubt, nothing is acked (%s)", work.scope, reason)
             return self._doubt(work)
-        self._doubts = 0
+        self._silence.end()
         return answer
 
     def _decide(self, work: Work) -> Answer:
@@ -308,11 +307,9 @@ class Transactions:
         return Answer(Ended.BUSY, again=self._failing.spread(Ended.BUSY, self.policy.busy_delay))
 
     def _doubt(self, work: Work) -> Answer:
-        self._doubts += 1
+        self._silence.begin()
         self.tell(EventKind.STORE_UNAVAILABLE, work)
-        return Answer(
-            Ended.IN_DOUBT, again=self._failing.spread(Ended.IN_DOUBT, doubt_pause(self.policy, self._doubts))
-        )
+        return Answer(Ended.IN_DOUBT, again=self._failing.spread(Ended.IN_DOUBT, self._silence.pause()))
 
     def _failed(self, work: Work, error: Exception, counted: int, attempt: int) -> Answer:
         known = counted or self._count(RELEASE, work)
