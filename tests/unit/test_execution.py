@@ -1030,3 +1030,34 @@ def test_every_step_has_a_hook() -> None:
     executor.handle_window([work(long, "a"), work(boom, "b"), work(boom, "busy"), work(boom, "a")])
     assert outside == []
     assert set(bench.steps.passed) == {CLAIM, HANDLER, RENEW, COMPLETE, ACK, WAIT, DEAD_LETTER, RELEASE}
+
+
+def test_a_window_whose_reservations_are_in_doubt_finds_them_again() -> None:
+    """I15: what was put off with a silent store is asked for again with its nonce, and not blocked by its own claim."""
+    bench, runs = Bench(), []
+    executor = bench.executor()
+
+    def window(redelivered: bool) -> list[Work]:
+        return [bench.work(lambda name=name: runs.append(name), name, redelivered=redelivered) for name in "abc"]
+
+    bench.steps.reply_lost(CLAIM, 3)  # the window's, and both of the first message's own
+    assert hows(executor.handle_window(window(False))) == ["in doubt"] * 3
+    assert runs == []
+    assert {state(bench, name) for name in "abc"} == {State.RESERVED}
+    assert hows(executor.handle_window(window(True))) == ["completed"] * 3
+    assert runs == ["a", "b", "c"]
+    assert {attempts(bench, name) for name in "abc"} == {1}, "it came back, so its attempt is counted"
+
+
+def test_a_window_that_meets_a_silent_store_finds_its_reservations_again() -> None:
+    """I15: the same for reservations whose reply did come, when the store fell silent before their turn."""
+    bench, runs = Bench(), []
+    executor = bench.executor()
+    works = [bench.work(lambda name=name: runs.append(name), name) for name in "abc"]
+    bench.steps.error(COMPLETE, 1000)  # for as long as a completion is asked for
+    assert hows(executor.handle_window(works)) == ["in doubt"] * 3
+    assert runs == ["a"]
+    bench.steps._script.clear()
+    again = [bench.work(lambda name=name: runs.append(name), name, redelivered=True) for name in "bc"]
+    assert hows(executor.handle_window(again)) == ["completed"] * 2
+    assert runs == ["a", "b", "c"]
