@@ -5,6 +5,7 @@ They are sent below every producer, as raw as the transport lets through.
 
 from __future__ import annotations
 
+import base64
 import bz2
 import functools
 import json
@@ -344,6 +345,49 @@ def generate(count: int) -> Sequence[Raw]:
         seed(number)(settled(given(_messages)(collect)))()
     raws += random.Random(0).choices(raws, k=count - distinct)  # and copies of some
     return random.Random(1).sample(raws, count)
+
+
+# --- what somebody can put into the storage of a virtual transport ------------------------------------------
+
+
+def _payload(**changes: Any) -> dict[str, Any]:
+    properties = {
+        "body_encoding": "base64",
+        "delivery_info": {"exchange": "", "routing_key": "q"},
+        "delivery_mode": 2,
+        "delivery_tag": "tag",
+        "priority": 0,
+    }
+    payload = {
+        "body": base64.b64encode(b'{"id": "stored"}').decode(),
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": {},
+        "properties": {**properties, **changes.pop("properties", {})},
+    }
+    return {name: value for name, value in {**payload, **changes}.items() if value is not ...}
+
+
+_NOT: list[Any] = [None, ..., 5, "x", [1], {}, True]
+#: Texts in the place of kombu's: most are no message at all.
+STORED: list[str] = [
+    *(json.dumps(_payload(properties={"delivery_tag": number})) for number in range(3)),
+    *(json.dumps(_payload(headers=value)) for value in _NOT),
+    *(json.dumps(_payload(body=value)) for value in [*_NOT, {"id": 1}, "***", "\ud800", ""]),
+    *(json.dumps(_payload(**{"content-type": value})) for value in _NOT),
+    *(json.dumps(_payload(**{"content-encoding": value})) for value in _NOT),
+    *(
+        json.dumps(_payload(properties={name: value}))
+        for name in ("body_encoding", "delivery_info", "delivery_tag", "priority", "correlation_id", "reply_to")
+        for value in _NOT
+        if value is not ...
+    ),
+    *(json.dumps(_payload(properties={"body_encoding": encoding})) for encoding in ("rot13", "utf-8", "BASE64")),
+    *(json.dumps(_payload(properties={"delivery_info": {"exchange": 5, "routing_key": [1], "queue": "x"}})),),
+    *(json.dumps({**_payload(), "properties": value}) for value in (None, [], {}, "x", 5)),
+    *(json.dumps(value) for value in (None, 5, "x", [], {}, {"properties": {}})),
+    *("", "{", "\0", "[" * 5_000, '{"a":' * 5_000, "nonsense", "NaN"),
+]
 
 
 # --- what only RabbitMQ lets through ---------------------------------------------------------------------

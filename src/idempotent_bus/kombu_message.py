@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -85,9 +86,12 @@ def content_of(message: Message) -> Content:
     if isinstance(body, str):  # py-amqp decodes what it can
         try:
             body = body.encode("utf-8" if encoding == "binary" else encoding)
-        except (LookupError, UnicodeError):
+        except (LookupError, UnicodeError, TypeError):  # a virtual transport's can be of any type
             body = body.encode(errors="surrogatepass")
-    return Content(b"" if body is None else body, message.content_type or "application/data", encoding, compression)
+    elif not isinstance(body, (bytes, bytearray, memoryview)):
+        # Nobody can send such a thing but past kombu, into the broker's own storage: shown as it is there.
+        body = b"" if body is None else json.dumps(body, default=repr).encode()
+    return Content(bytes(body), message.content_type or "application/data", encoding, compression)
 
 
 def _compressed(message: Message, named: Any) -> tuple[Any, str | None]:

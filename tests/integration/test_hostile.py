@@ -16,11 +16,14 @@ from typing import Any
 import kombu.compression
 import kombu.message
 import pytest
+import redis
+import sqlalchemy as sa
 from kombu import Consumer, Exchange
 from kombu.message import Message
 
 import hostile
-from consumer_rig import Broker, broker_of, drain, on
+import servers
+from consumer_rig import OURS, Broker, broker_of, drain, on
 from hostile import LARGE, SCOPES, Raw, canonical, expected
 from idempotent_bus import Ended, IdempotentConsumer, IdempotentHandler, admission, frames, idempotent_consumer
 from idempotent_bus import consumer as consumer_module
@@ -240,6 +243,41 @@ def test_a_bomb_is_not_inflated(field: Field, limited: bool, monkeypatch: pytest
         dead = field.dead(3)
         assert {message.headers["compression"]: message.body for message in dead} == bombs
         assert all("too large" in message.headers["idempotent-bus-dead-error"] for message in dead)
+
+
+@on(*OURS)
+def test_what_is_no_message_at_all(field: Field, caplog: pytest.LogCaptureFixture) -> None:
+    """I1: what was put into a broker's storage past every client is run, dead, or in the transport's own dead list;
+    the consumer goes on, and the storage still has each of them or its dead letter.
+    """
+    caplog.set_level(logging.WARNING, "idempotent_bus")
+    field.send([])
+    queue = field.queues[0].name
+    if field.broker.name == "ours-redis":
+        client = redis.Redis.from_url(servers.real_redis())
+        client.lpush(field.broker.unique + queue, *[text.encode("utf-8", "surrogatepass") for text in hostile.STORED])
+
+        def buried() -> int:
+            return int(client.llen(f"{field.broker.unique}idempotent-bus:dead:{{{field.broker.unique}{queue}}}"))
+
+    else:
+        engine = sa.create_engine(field.broker.url.partition("+")[2])
+        with engine.begin() as connection:
+            number = connection.scalar(sa.text("SELECT id FROM kombu_queue WHERE name = :name"), {"name": queue})
+            insert = "INSERT INTO kombu_message (visible, payload, version, queue_id) VALUES (1, :payload, 1, :queue)"
+            connection.execute(sa.text(insert), [{"payload": text, "queue": number} for text in hostile.STORED])
+
+        def buried() -> int:
+            with engine.connect() as connection:
+                return int(connection.scalar(sa.text("SELECT count(*) FROM idempotent_bus_dead")) or 0)
+
+    endings = field.consume(idle=1.5)
+    assert endings.total() + buried() == len(hostile.STORED)
+    assert set(endings) == {Ended.COMPLETED, Ended.REPLAYED, Ended.DEAD}
+    assert min(buried(), endings[Ended.DEAD], endings[Ended.REPLAYED]) > 3
+    assert set(field.ran) == {(0, "stored")}
+    field.dead(endings[Ended.DEAD])
+    assert "lost its connection" not in caplog.text
 
 
 @on("rabbitmq-classic", "rabbitmq-quorum")

@@ -8,7 +8,7 @@ from typing import Any
 from kombu.log import get_logger
 
 from .edge import PublishingChannel
-from .fetch import Line, message_of
+from .fetch import NO_MESSAGE, Line, message_of
 from .hold import Hold
 from .scripts import BURY, DELAY, GIVEBACK
 from .wire import Command
@@ -100,7 +100,7 @@ class ConsumingChannel(PublishingChannel):
         _, number, text = found[0]
         try:
             payload = message_of(text)
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except NO_MESSAGE:
             self.bury(queue, number, "undecodable")
             return None
         tag = payload["properties"]["delivery_tag"] = f"{self.owner}.{number}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from kombu.log import get_logger
 from kombu.utils.json import loads
@@ -134,7 +134,7 @@ class Line:
                 continue
             try:
                 payload = message_of(text)
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except NO_MESSAGE:
                 logger.error("a message on queue %r is not one of kombu's; it is in the dead list", queue)
                 channel.bury(queue, number, "undecodable")
                 channel.qos.places.pop(f"{channel.owner}.{number}", None)
@@ -290,12 +290,18 @@ class Line:
         self._doubt = False
 
 
+#: What `message_of` raises for text that is no message: whoever may write to Redis can put anything into a list.
+NO_MESSAGE: Final = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
+
 def message_of(text: bytes) -> dict[str, Any]:
-    """The message that a list or a holding has as text. Raises ValueError, TypeError or KeyError if it is none."""
+    """The message that a list or a holding has as text. Raises one of NO_MESSAGE if it is none."""
     payload: dict[str, Any] = loads(text.decode())
     properties = payload["properties"]
     returned = payload.pop("idempotent-bus-deliveries", None)
     info = properties.setdefault("delivery_info", {})
+    if not isinstance(info, dict) or not isinstance(payload.get("headers") or {}, dict):
+        raise ValueError("not a kombu message")
     if returned is not None:
         info["x-delivery-count"] = returned
         info["redelivered"] = True

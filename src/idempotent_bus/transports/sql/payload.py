@@ -7,6 +7,7 @@ a message is handed out, and both are taken off when somebody publishes the mess
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any, Final
 from uuid import uuid4
@@ -40,16 +41,31 @@ def decode(payload: str) -> tuple[dict[str, Any], int]:
 
     A message that a plain worker restored counts as given back once.
     """
-    message = json.loads(payload)
+    try:
+        message = json.loads(payload)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(message, dict) or not isinstance(message.get("properties"), dict):
         raise ValueError("not a kombu message")
     properties = message["properties"]
     info = properties.setdefault("delivery_info", {})
+    if not isinstance(info, dict) or not isinstance(message.get("headers") or {}, dict):
+        raise ValueError("not a kombu message")
+    _check_body(message.get("body"), properties.get("body_encoding"))
     redelivered = bool(message.get("redelivered") or info.get("redelivered"))
     if redelivered:
         message["redelivered"] = info["redelivered"] = True
     count = properties.get(DELIVERIES)
     return message, count if isinstance(count, int) else int(redelivered)
+
+
+def _check_body(body: Any, encoding: Any) -> None:
+    """Raise ValueError for a body of which kombu cannot even make a message."""
+    if not body or not encoding or (isinstance(encoding, str) and encoding.lower() == "utf-8"):
+        return
+    if encoding != "base64" or not isinstance(body, str):
+        raise ValueError("not a body of kombu's")
+    base64.b64decode(body)
 
 
 def hand_out(message: dict[str, Any], tag: str, deliveries: int) -> dict[str, Any]:
