@@ -176,7 +176,7 @@ class Inbox:
         with self.transaction(apart=True) as made:
             with translated(made.connection):
                 counted = self.records.count(made.link, work, retention, least)
-            made.transaction.commit()
+            made.commit_plainly()
         return counted
 
     def purge(self, *, limit: int = 1000) -> int:
@@ -187,7 +187,7 @@ class Inbox:
         with self.transaction(apart=True) as made:
             with translated(made.connection):
                 purged = self.records.purge(made.link, limit)
-            made.transaction.commit()
+            made.commit_plainly()
         return purged
 
 

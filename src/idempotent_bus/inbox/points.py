@@ -1,20 +1,32 @@
-"""The savepoint around each message of a window: begun with the mark on its record, kept, or taken back."""
+"""The savepoint around each message of a window: begun with the mark on its record, kept, or taken back.
+
+With psycopg 3 several messages can share one, which spares a round trip for each: then their records are marked at its
+end, and nothing may commit in between. `guarded` sees to that.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import re
 from abc import ABC, abstractmethod
-from typing import Final
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 import sqlalchemy as sa
 
 from .records import Records
-from .transaction import Opened, translated
+from .transaction import HandlerEndedIt, Opened, translated
 
-__all__ = ["Point", "point_for"]
+__all__ = ["Point", "Quick", "guarded", "point_for"]
 
 _NAME: Final = "idempotent_bus_message"
 _numbers = itertools.count()
+#: A statement that ends a transaction, and not only goes back to a savepoint.
+_ENDS = re.compile(
+    r"(?:\s|/\*.*?\*/|--[^\n]*\n)*(?:commit|end|abort|prepare\s+transaction|rollback(?!\s+(?:(?:work|transaction)\s+)?to\b))\b",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 class Point(ABC):
@@ -65,7 +77,7 @@ class _Plain(Point):
         self._opened.run(f"RELEASE SAVEPOINT {_NAME}")
 
 
-class _Quick(Point):
+class Quick(Point):
     """With psycopg 3: the end of one, the beginning of the next and the mark are one round trip.
 
     The mark is a prepared statement of PostgreSQL's own, which need not be planned for each message.
@@ -73,15 +85,14 @@ class _Quick(Point):
 
     def __init__(self, opened: Opened, records: Records) -> None:
         super().__init__(opened, records)
-        self._is_open = False
+        self._pending: tuple[str, ...] = ()
         self._prepared = ""
 
     def begin(self, key: bytes) -> None:
         first = () if self._prepared else self._prepare()
-        end = (f"RELEASE SAVEPOINT {_NAME}",) if self._is_open else ()
         execute = f"EXECUTE {self._prepared}('{key.hex()}')"
         try:
-            self._opened.run_together(*first, *end, f"SAVEPOINT {_NAME}", execute)
+            self._opened.run_together(*self._pending, *first, f"SAVEPOINT {_NAME}", execute)
         except sa.exc.DBAPIError as error:
             # psycopg forgets all prepared statements of its connection whenever something was rolled back.
             if getattr(error.orig, "sqlstate", None) != "26000":
@@ -89,7 +100,16 @@ class _Quick(Point):
             again = self._prepare()
             execute = f"EXECUTE {self._prepared}('{key.hex()}')"
             self._opened.run_together(f"ROLLBACK TO SAVEPOINT {_NAME}", *again, execute)
-        self._is_open = True
+        self._pending = (f"RELEASE SAVEPOINT {_NAME}",)
+
+    def begin_shared(self) -> None:
+        """Begin one for several messages."""
+        self._opened.run_together(*self._pending, f"SAVEPOINT {_NAME}")
+        self._pending = (f"RELEASE SAVEPOINT {_NAME}",)
+
+    def keep_shared(self, keys: Sequence[bytes]) -> None:
+        """They all succeeded: their records are marked."""
+        self._pending = (*self._records.begin_texts(keys), f"RELEASE SAVEPOINT {_NAME}")
 
     def keep(self) -> None:
         for nested in _left_open(self._opened.connection):
@@ -99,11 +119,13 @@ class _Quick(Point):
         for nested in _left_open(self._opened.connection):
             nested.rollback()
         self._opened.run_together(f"ROLLBACK TO SAVEPOINT {_NAME}", f"RELEASE SAVEPOINT {_NAME}")
-        self._is_open = False
+        self._pending = ()
 
     @property
     def last_words(self) -> tuple[str, ...]:
-        return (f"DEALLOCATE {self._prepared}",) if self._prepared else ()
+        # psycopg's block, in which it refuses to commit, has ended by then, and our savepoint with it.
+        marks = tuple(text for text in self._pending if not text.startswith("RELEASE"))
+        return (*marks, f"DEALLOCATE {self._prepared}") if self._prepared else marks
 
     def _prepare(self) -> tuple[str, ...]:
         self._prepared = f"idempotent_bus_begin_{next(_numbers)}"
@@ -140,7 +162,33 @@ def point_for(opened: Opened, records: Records) -> Point:
     """The quickest way there is."""
     if opened.session is not None:
         return _OfSession(opened, records)
-    return _Quick(opened, records) if opened.is_quick else _Plain(opened, records)
+    return Quick(opened, records) if opened.is_quick else _Plain(opened, records)
+
+
+@contextlib.contextmanager
+def guarded(opened: Opened) -> Iterator[None]:
+    """Within it neither the driver nor SQLAlchemy commits or rolls back the transaction: whoever tries gets an error.
+
+    Only for psycopg 3. What remains is the word COMMIT, given to the driver itself.
+    """
+    connection = opened.connection
+
+    def refuse(*_: Any) -> None:
+        raise HandlerEndedIt
+
+    def look(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if _ENDS.match(statement):
+            raise HandlerEndedIt
+
+    listeners = (("commit", refuse), ("rollback", refuse), ("before_cursor_execute", look))
+    for name, listener in listeners:
+        sa.event.listen(connection, name, listener)
+    try:
+        with translated(connection), opened.driver_block():
+            yield
+    finally:
+        for name, listener in listeners:
+            sa.event.remove(connection, name, listener)
 
 
 def _left_open(connection: sa.Connection) -> list[sa.NestedTransaction]:

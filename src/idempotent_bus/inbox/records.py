@@ -186,6 +186,11 @@ class Records:
         """In a window: its handler begins, so from here on a commit of this transaction completes it."""
         link.run(self._texts["begin"], {"key": _key(self.database, key)})
 
+    def begin_texts(self, keys: Sequence[bytes]) -> list[str]:
+        """The same for several on PostgreSQL, as statements without parameters, to be sent with others."""
+        listed = ", ".join(f"'{key.hex()}'" for key in keys)  # hexadecimal digits only
+        return [f"UPDATE {self.name} SET completed = 1 WHERE record_key IN ({listed})"] if keys else []  # noqa: S608
+
     def failed(self, link: Link, key: bytes, attempts: int) -> None:
         """In a window: its handler has raised, and its savepoint was rolled back."""
         link.run(self._texts["failed"], {"key": _key(self.database, key), "attempts": attempts})

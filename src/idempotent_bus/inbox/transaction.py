@@ -45,7 +45,17 @@ class Opened:
     link: runs our statements, on the driver's connection where that is known: the handler's own go through SQLAlchemy.
     """
 
-    __slots__ = ("_driver", "_earlier_wait", "_number", "_records", "connection", "link", "session", "transaction")
+    __slots__ = (
+        "_committed",
+        "_driver",
+        "_earlier_wait",
+        "_number",
+        "_records",
+        "connection",
+        "link",
+        "session",
+        "transaction",
+    )
 
     def __init__(
         self, connection: sa.Connection, records: Records, make_session: Callable[..., Session] | None
@@ -63,6 +73,7 @@ class Opened:
         self.session: Session | None = None
         self._records = records
         self._number = ""
+        self._committed = False
         #: psycopg 3, which can send several statements in one round trip.
         self._driver: Any = driver if type(driver).__module__.partition(".")[0] == "psycopg" else None
         try:
@@ -88,6 +99,11 @@ class Opened:
         self._check_ours()
         with translated(self.connection):
             self._driver.execute("; ".join(texts), prepare=False)
+
+    def driver_block(self) -> contextlib.AbstractContextManager[Any]:
+        """A block in which psycopg itself refuses to commit or roll back. Only if it `is_quick`."""
+        block: contextlib.AbstractContextManager[Any] = self._driver.transaction()
+        return block
 
     def run(self, text: str) -> None:
         """One statement without parameters."""
@@ -166,6 +182,12 @@ class Opened:
             self.session.commit()
         if self.transaction.is_active:
             self.transaction.commit()
+        self._committed = True
+
+    def commit_plainly(self) -> None:
+        """Commit what no handler had its hands on."""
+        self.transaction.commit()
+        self._committed = True
 
     def was_committed(self, key: bytes) -> bool:
         """After the handler raised, or the transaction was found ended: whether it was committed, by the handler.
@@ -197,8 +219,12 @@ class Opened:
                 self.session.close()
             if self.transaction.is_active:
                 self.transaction.rollback()
-            elif self.connection.in_transaction():
-                self.connection.rollback()  # the handler ended ours, and has begun another since
+            elif not self._committed and not self.connection.closed and not self.connection.invalidated:
+                # The handler ended ours, or tried to and was refused, and may have begun another since. SQLAlchemy
+                # would hand a connection whose commit was refused back to its pool as it is.
+                self.connection.rollback()
+                with translated(self.connection):
+                    self.connection.connection.rollback()
             self._wait_as_before()
 
     def _wait_as_before(self) -> None:

@@ -3,24 +3,28 @@
 The records are inserted first, in the order of their keys, as not completed. Each is marked as completed within its
 message's savepoint, just before its handler: so a handler that commits on its own, which it must not, makes nothing
 durable for messages whose handlers have not run, and runs no earlier one again. A handler that raises takes back its
-own savepoint only, and its attempt is counted in the same commit. Any error beyond a savepoint rolls the whole window
-back; then nothing has happened, and its messages are handled singly.
+own savepoint only, and its attempt is counted in the same commit. With psycopg 3 some messages share a savepoint, and
+their records are marked at its end, while nothing can commit; if one raises, they run again, each in its own.
+
+Any error beyond a savepoint rolls the whole window back; then nothing has happened, and its messages are handled
+singly.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
 from ..hooks import CLAIM, COMMIT, RELEASE
 from ..results import encode_result
 from ..work import Work
-from .points import Point, point_for
+from .points import Point, Quick, guarded, point_for
 from .records import Taken, is_lock_timeout, is_meeting
 from .transaction import HandlerEndedIt, Opened, translated
 
@@ -30,6 +34,10 @@ if TYPE_CHECKING:
 __all__ = ["Window"]
 
 log = logging.getLogger(__name__)
+
+
+#: How many messages share a savepoint, where they can.
+_GROUP: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +143,60 @@ class Window:
         """Run the handlers and commit; what became of each, by place."""
         owner, point = self._owner, point_for(opened, self._records)
         outcomes: dict[int, _Outcome] = {}
-        results: dict[bytes, bytes] = {}
-        for index, work in enumerate(self._works):  # gone through, since that may end it: see the consumer's stop
-            if index not in taken or taken[index].attempts:
-                continue  # it has failed before, so it is no first delivery, whatever the broker says: singly
-            outcomes[index] = outcome = self._run(opened, point, index, work)
-            if outcome.result is not None:
-                results[work.key] = outcome.result
+        # Gone through, since that may end it (the consumer was told to stop). What has failed before is no first
+        # delivery, whatever the broker says: singly.
+        ours = ((index, work) for index, work in enumerate(self._works) if index in taken and not taken[index].attempts)
+        if isinstance(point, Quick):
+            with guarded(opened):
+                while group := list(itertools.islice(ours, _GROUP)):
+                    outcomes.update(self._run_group(opened, point, group))
+        else:
+            for index, work in ours:
+                outcomes[index] = self._run(opened, point, index, work)
+        results = {self._works[index].key: done.result for index, done in outcomes.items() if done.result is not None}
         owner.step(COMMIT, opened.commit, results, point.last_words)
         return outcomes
+
+    def _run_group(self, opened: Opened, point: Quick, group: list[tuple[int, Work]]) -> dict[int, _Outcome]:
+        """Several handlers in one savepoint. If one raises, they run again, each in its own."""
+        try:
+            point.begin_shared()
+            outcomes: dict[int, _Outcome] = {}
+            for index, work in group:
+                outcome = self._run_in_group(opened, index, work)
+                if outcome is None:
+                    break
+                outcomes[index] = outcome
+            else:
+                point.keep()
+                point.keep_shared([work.key for index, work in group if outcomes[index].refusal is None])
+                return outcomes
+            point.undo()
+        except sa.exc.DBAPIError as error:
+            raise self._ended_or(error) from error
+        return {index: self._run(opened, point, index, work) for index, work in group}
+
+    def _run_in_group(self, opened: Opened, index: int, work: Work) -> _Outcome | None:
+        """None: it raised."""
+        owner, attempt = self._owner, 1
+        refusal = owner.refusal(work, attempt)
+        if refusal is not None:
+            return _Outcome(attempt, refusal=refusal)
+        self._running = index
+        began = time.monotonic()
+        try:
+            value = owner.call(work, opened, attempt)
+            opened.check_open()
+        except HandlerEndedIt:
+            raise
+        except Exception as error:
+            if isinstance(error, sa.exc.DBAPIError) and (error.connection_invalidated or is_meeting(error)):
+                raise
+            if not opened.transaction.is_active:
+                raise HandlerEndedIt from error
+            return None
+        result = encode_result(value, work.scope, owner.max_result)
+        return _Outcome(attempt, value=value, result=result, seconds=time.monotonic() - began)
 
     def _run(self, opened: Opened, point: Point, index: int, work: Work) -> _Outcome:
         owner, attempt = self._owner, 1
