@@ -15,7 +15,6 @@ from django.db.utils import Error as DjangoError
 from kombu.message import Message
 
 from ..admission import MAX_BODY
-from ..errors import ConfigurationError
 from ..events import Listener, notifier
 from ..handler import HandlerR, IdempotentHandler
 from ..hooks import Step, direct
@@ -30,7 +29,7 @@ from ..signing import Trust
 from ..work import Ending, Work
 from .borrowed import Borrowed, Handed
 from .conf import bus_settings
-from .databases import dialect_of, unsupported
+from .databases import dialect_of, known
 
 _OURS = "connecting"
 
@@ -150,11 +149,7 @@ def transactional_consumer(
     """
     settings = bus_settings()
     alias = settings.database if using is None else using
-    if alias not in connections:
-        raise ConfigurationError(f"{scope}: DATABASES has no {alias!r}")
-    wrong = unsupported(connections[alias])
-    if wrong:
-        raise ConfigurationError(f"{scope}: {wrong}")
+    known(alias)
     policy = Policy(
         retention=settings.retention if retention is None else retention,
         max_attempts=max_attempts,

@@ -11,7 +11,7 @@ from sqlalchemy.engine import URL, Dialect
 
 from ..errors import ConfigurationError
 
-__all__ = ["VENDORS", "check_atomic", "dialect_of", "engine_of", "unsupported"]
+__all__ = ["VENDORS", "check_atomic", "dialect_of", "engine_of", "known", "unsupported"]
 
 #: Django's names of the databases that we know.
 VENDORS: Final = ("postgresql", "mysql", "sqlite")
@@ -53,6 +53,17 @@ def check_atomic(connection: Any, what: str) -> None:
     )
 
 
+def known(alias: str) -> Any:
+    """This thread's Django connection. Raises ConfigurationError if there is none of that alias, or it is no use."""
+    if alias not in connections:
+        raise ConfigurationError(f"DATABASES has no {alias!r}")
+    connection = connections[alias]
+    wrong = unsupported(connection)
+    if wrong:
+        raise ConfigurationError(wrong)
+    return connection
+
+
 def unsupported(connection: Any) -> str:
     """Why this Django connection's database cannot be used; empty if it can. Does not connect."""
     if connection.vendor not in VENDORS:
@@ -88,10 +99,7 @@ def engine_of(alias: str, **engine_options: Any) -> sa.Engine:
     From its entry in DATABASES; options that concern only Django's way of using it are left out. engine_options: for
     SQLAlchemy's `create_engine`. Raises ConfigurationError for what cannot be carried over, without any value in it.
     """
-    connection: Any = connections[alias]
-    wrong = unsupported(connection)
-    if wrong:
-        raise ConfigurationError(wrong)
+    connection = known(alias)
     settings = connection.settings_dict
     kind = connection.vendor
     options = {name: value for name, value in (settings.get("OPTIONS") or {}).items() if name not in _DJANGOS[kind]}

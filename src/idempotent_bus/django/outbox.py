@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 from django.db import connections
 
+from .. import schema
+from ..connections import link_to
 from ..outbox import Added, Outbox
+from ..relaying.rows import load
 from .conf import bus_settings
-from .databases import check_atomic
+from .databases import check_atomic, dialect_of, known
 
-__all__ = ["add"]
+__all__ = ["add", "discard", "redrive"]
 
 
 def add(body: Any, *, using: str | None = None, **options: Any) -> Added:
@@ -31,6 +35,28 @@ def add(body: Any, *, using: str | None = None, **options: Any) -> Added:
     connection = connections[using or settings.database]
     check_atomic(connection, "a message in the outbox")
     return _outbox(settings.table_prefix, *settings.outbox.items()).add(connection, body, **options)
+
+
+def redrive(ids: Iterable[int], *, using: str | None = None) -> int:
+    """Send these dead rows again, with fresh attempts; how many of them were dead."""
+    return _decide("redrive", ids, using)
+
+
+def discard(ids: Iterable[int], *, using: str | None = None) -> int:
+    """Delete these dead rows: they are never sent, and what waits behind them goes on. How many of them were dead."""
+    return _decide("discard", ids, using)
+
+
+def _decide(statement: str, ids: Iterable[int], using: str | None) -> int:
+    # On Django's connection, in the block that is open: a request may hold the lock that another one would wait for.
+    numbers = [int(identity) for identity in ids]
+    if not numbers:
+        return 0
+    settings = bus_settings()
+    connection = known(using or settings.database)
+    tables = schema.metadata(settings.table_prefix, parts=("outbox",))
+    text = load(tables, dialect_of(connection))[statement]
+    return link_to(connection).run(text.replace(":ids", f"({', '.join(map(str, numbers))})"), {})[1]
 
 
 @functools.lru_cache(maxsize=16)

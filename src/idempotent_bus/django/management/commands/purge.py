@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
-from django.db import connections
 from django.db.models.expressions import RawSQL
 from django.db.utils import Error as DjangoError
 from sqlalchemy.exc import SQLAlchemyError
@@ -15,9 +14,9 @@ from ....errors import ConfigurationError, StoreError
 from ....store import PurgeStore
 from ...conf import bus_settings
 from ...consumer import DjangoInbox
-from ...databases import unsupported
+from ...databases import known
 from ...models import InboxRecord, StoreRecord
-from ...stores import brief_store
+from ...stores import store_here
 
 __all__ = ["Command"]
 
@@ -27,8 +26,8 @@ class Command(BaseCommand):
 
     help = (
         "Delete records of the inbox and of the dedup store whose retention is over, in short transactions that lock "
-        "no table. Of the outbox nothing is left to purge: a row goes when the broker has confirmed it, and dead ones are "
-        "kept for a person. Run it every hour or so."
+        "no table. Of the outbox nothing is left to purge: a row goes when the broker has confirmed it, and dead ones "
+        "are kept for a person. Run it every hour or so."
     )
 
     def add_arguments(self, parser: Any) -> None:
@@ -52,16 +51,12 @@ class Command(BaseCommand):
     def _purge(self, options: dict[str, Any]) -> None:
         settings = bus_settings()
         alias = options["database"] or settings.database
-        if alias not in connections:
-            raise ConfigurationError(f"DATABASES has no {alias!r}")
-        wrong = unsupported(connections[alias])
-        if wrong:
-            raise ConfigurationError(wrong)
+        connection = known(alias)
         here = settings.store is None and alias == settings.database
         if options["dry_run"]:
             # A text of ours: the clock by which the records were dated.
             clock = RawSQL(  # noqa: S611
-                NOW_US[connections[alias].vendor].replace("%", "%%"), ()
+                NOW_US[connection.vendor].replace("%", "%%"), ()
             )
             over = InboxRecord.objects.using(alias).filter(kept_until__lte=clock).count()
             self.stdout.write(f"inbox: {over} would be deleted")
@@ -74,7 +69,7 @@ class Command(BaseCommand):
         inbox = DjangoInbox(alias, settings.table_prefix)
         self.stdout.write(f"inbox: {_all(inbox.purge, options['batch'])} deleted")
         if alias == settings.database:
-            store: Any = brief_store()
+            store: Any = store_here()
             try:
                 if isinstance(store, PurgeStore):
                     self.stdout.write(f"store: {_all(store.purge, options['batch'])} deleted")

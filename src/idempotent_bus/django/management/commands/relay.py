@@ -22,8 +22,8 @@ class Command(BaseCommand):
 
     help = (
         "Send what was committed to the outbox, under the same inner-msg-id until the broker confirms it. Any number "
-        "may run at once. Ends cleanly on SIGTERM and SIGINT, after the batch that is under way. Exit codes: 0 ended as "
-        "asked, 1 it could not run, 3 with --once: rows are left that could not be sent."
+        "may run at once. Ends cleanly on SIGTERM and SIGINT, after the batch that is under way. Exit codes: 0 ended "
+        "as asked, 1 it could not run, 3 with --once: rows are left that could not be sent."
     )
 
     def add_arguments(self, parser: Any) -> None:
