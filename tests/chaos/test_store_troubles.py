@@ -31,10 +31,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 from lower_half_mutants import MUTANTS
 
 MESSAGES, OUTAGE = 150, 3.0
-#: Seconds after which all is done once the store is back: the longest doubt (15 s), half as much again, and on
-#: RabbitMQ rounded up to the next delay queue (32 s), then the messages themselves.
-STATED = {"rabbitmq-quorum": 40.0, "ours-sqlite": 30.0}
-BROKERS = tuple(STATED)
+#: Seconds after which all is done once the store is back. What is in doubt is put off for as long as the silence has
+#: lasted (15 s at most), and half as much again: after this outage 4.5 s, on RabbitMQ 8 s (the next delay queue);
+#: then what was put off is handled. The rest is room for a busy machine.
+STATED = 20.0
+BROKERS = ("rabbitmq-quorum", "ours-sqlite")
 
 pytestmark = pytest.mark.slow  # an outage of three seconds, and what was put off for its sake
 
@@ -116,12 +117,12 @@ def run(trouble_name: str, broker_name: str, idle: bool, unique: str, folder: Pa
             trouble.begin()
             begun = time.monotonic()
             publish(later)
-            time.sleep(OUTAGE)
-            ended = time.monotonic()
+            ended = begun + OUTAGE  # some end by themselves, soon after it
+            time.sleep(max(0.0, ended - time.monotonic()))
             trouble.end()
             back = time.monotonic()
             during = (truth.between(truth.handlers, begun, ended), truth.between(truth.acks, begun, ended))
-            done = poll(lambda: len(truth.acks) >= MESSAGES, STATED[broker_name])
+            done = poll(lambda: len(truth.acks) >= MESSAGES, STATED)
             took = time.monotonic() - back
         finally:
             consumer.stop()
@@ -161,6 +162,7 @@ def test_in_doubt_nothing_runs_and_nothing_is_acked(
     run(trouble, broker, idle, unique, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a mutant may break the consumer
 @pytest.mark.parametrize(
     ("mutant", "idle"),
     [("run in doubt", True), ("acked in doubt", True), ("guessed", False)],

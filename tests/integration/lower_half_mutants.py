@@ -244,7 +244,7 @@ MUTANTS = [
     ),
     # leases and tokens
     Mutant(
-        "a_long_handler_keeps_its_lease", "leases are not renewed", "",
+        "a_long_handler_keeps_its_lease", "leases are not renewed", "it completes|its copy is a replay|nobody takes",
         LeaseKeeper, "tick", NO_RENEWAL,
     ),
     Mutant(
@@ -274,7 +274,7 @@ MUTANTS = [
     ),
     Mutant(
         "a_claim_whose_reply_was_lost", "the nonce in doubt is forgotten", "a claim that was in doubt is recognised",
-        Claims, "singly", (("self._doubtful[work.key] = request.nonce", "pass"),),
+        Claims, "remember", (("self._doubtful[request.key] = request.nonce, request.reserve", "pass"),),
     ),
     Mutant(
         "a_claim_whose_reply_was_lost", "the nonce is not compared", "a claim that was made is recognised",
