@@ -95,3 +95,10 @@ def test_the_wrong_ways_go_wrong(tmp_path: Path) -> None:
         "mark-then-effect charges 1, cards 0",
         "effect-then-mark charges 1, cards 2",
     ]
+
+
+def test_the_django_app() -> None:
+    """I2, I3: one file with view, relay and consumer, run as a reader runs it: as many cards as charges."""
+    example = EXAMPLE.parent / "django_app.py"
+    done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "20 charges = 20 cards\n", done.stderr

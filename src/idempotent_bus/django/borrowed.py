@@ -9,7 +9,8 @@ handler, a savepoint for each block within, `on_commit` hooks that run after the
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace, TracebackType
+from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -24,6 +25,21 @@ from ..inbox.records import is_meeting
 __all__ = ["Borrowed", "Handed", "as_sqlalchemy"]
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Driver:
+    """Django's driver connection under the names that it has in SQLAlchemy's pool; None while there is none."""
+
+    driver_connection: Any
+
+    @property
+    def dbapi_connection(self) -> Any:
+        """The same."""
+        return self.driver_connection
+
+    def rollback(self) -> None:
+        """What is open is ended by its own block, which leaves the connection in autocommit, or closed."""
 
 
 class _RolledBack(Exception):
@@ -65,9 +81,9 @@ class Borrowed:
     # --- what SQLAlchemy's Connection has -------------------------------------------------------------------
 
     @property
-    def connection(self) -> SimpleNamespace:
-        """The driver's own connection, under both of its names there."""
-        return SimpleNamespace(dbapi_connection=self.django.connection, driver_connection=self.django.connection)
+    def connection(self) -> _Driver:
+        """The driver's own connection."""
+        return _Driver(self.django.connection)
 
     @property
     def invalidated(self) -> bool:
