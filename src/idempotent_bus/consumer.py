@@ -455,6 +455,8 @@ class IdempotentConsumer:
         self._check_stopped()
         handler, queue, message = entry
         settle = handler.settlement(message, queue, functools.partial(self._park, entry))
+        if settle.renew():
+            return None
         work = handler.receive(message, settle)
         if work is None:
             self.endings[Ended.DEAD] += 1

@@ -138,6 +138,8 @@ class IdempotentHandler(Generic[P, R]):
         settle = self.settlement(message)
         if message.acknowledged or was_fetched_without_ack(message):
             self._refuse_forgotten(message, settle)
+        if settle.renew():
+            return Ending(Ended.BUSY)
         work = self.work(body, message, settle)
         if work is None:
             return Ending(Ended.DEAD)

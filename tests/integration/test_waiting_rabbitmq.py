@@ -31,6 +31,7 @@ from idempotent_bus.headers import REDRIVE
 from idempotent_bus.kombu_message import came_back
 from idempotent_bus.model import Busy
 from idempotent_bus.redrive import redrive
+from idempotent_bus.settlement import MessageSettlement
 from idempotent_bus.stores.memory import MemoryStore
 from private_rabbitmq import PrivateRabbitMQ
 from proxy import Proxy, through
@@ -343,6 +344,42 @@ def test_eight_cuts_at_a_delivery_limit_of_five_lose_nothing(node: PrivateRabbit
     assert everything(node.url, queue) == 0
     assert len(taken) == 6, "the control: five times brought back, and then destroyed"
     assert count(node.url, held.name) == 0
+
+
+@pytest.mark.slow  # five cuts with the reconnecting pauses between them
+@pytest.mark.parametrize("renewed", [True, False], ids=["renewed", "control"])
+@on("rabbitmq-quorum")
+def test_what_was_only_prefetched_outlives_cuts_at_a_delivery_limit(
+    broker: Broker, renewed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I1: messages behind a slow handler are cut off five times at a delivery limit of 3: none is lost.
+
+    The control: without a new copy in their place the broker destroys them.
+    """
+    queue, ran, go = broker.queue(**{"x-delivery-limit": 3}), set(), threading.Event()
+    if not renewed:
+        monkeypatch.setattr(MessageSettlement, "renew", lambda self: False)
+
+    @idempotent_consumer(MemoryStore(), scope=broker.unique, biz_id="id", **QUICK)
+    def handle(body: Any, message: Message) -> None:
+        go.wait(60)
+        ran.add(body["id"])
+
+    ids = {str(number) for number in range(8)}
+    for one in sorted(ids):
+        broker.publish(queue, {"id": one})
+    with Proxy(url=broker.url) as proxy:
+        consumer = IdempotentConsumer(through(proxy, broker.url), {queue: handle}, threads=1)
+        with running(consumer):
+            for _ in range(5):
+                assert poll(lambda: consumer.health()["state"] == "running", timeout=20)
+                time.sleep(0.8)
+                proxy.cut()
+                assert poll(lambda: consumer.health()["state"] != "running", timeout=20)
+            go.set()
+            assert poll(lambda: ran == ids, timeout=20 if renewed else 4) == renewed
+            assert poll(lambda: count(broker.url, queue.name) == 0)
+    assert proxy.done["cut"] >= 5
 
 
 @pytest.mark.slow  # queues must be 6 s old, the broker takes 6 s to start, and the wait is 8 s

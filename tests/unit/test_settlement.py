@@ -327,6 +327,31 @@ def test_a_quorum_queues_message_is_not_requeued_without_a_known_origin(monkeypa
     assert channel.done == [("reject", 7, True)]
 
 
+@pytest.mark.parametrize(
+    ("count", "amqp", "queue", "renewed"),
+    [
+        (None, True, "q", False), (1, True, "q", False), (2, True, "q", True), (9, True, "q", True),
+        ("2", True, "q", False), (True, True, "q", False), (9, False, "q", False), (9, True, None, False),
+    ],
+)  # fmt: skip
+def test_a_message_near_its_delivery_limit_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, count: Any, amqp: bool, queue: str | None, renewed: bool
+) -> None:
+    """I1: what came back twice is put off and acked at once, so that no number of cuts destroys it."""
+    monkeypatch.setattr("idempotent_bus.settlement.is_amqp", lambda channel: amqp)
+    waits: list[float] = []
+    monkeypatch.setattr(
+        "idempotent_bus.settlement.let_wait", lambda message, queue, delay, headers: waits.append(delay)
+    )
+    channel = Channel()
+    headers = {} if count is None else {"x-delivery-count": count}
+    assert (
+        settlement(message(channel, headers=headers, delivery_info={"exchange": "x"}), queue=queue).renew() == renewed
+    )
+    assert waits == ([0.0] if renewed else [])
+    assert bool(channel.done) == renewed
+
+
 def test_a_closed_channel_is_a_lost_connection() -> None:
     """Settling on a channel that is closed raises what a consumer's loop takes for a lost connection."""
     channel = Channel()
