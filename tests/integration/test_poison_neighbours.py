@@ -75,7 +75,10 @@ def median_ratio(name: str, folder: Path, poison: float, rounds: int = 3, **opti
 def test_good_messages_flow_behind_a_poison_one(name: str, poison: str, tmp_path: Path) -> None:
     """I12: at no less than 0.8 of their rate without it."""
     ratio, told = median_ratio(name, tmp_path, POISONS[poison])
-    if ratio < 0.8:  # the machine is shared: as many again, and the median of all
+    for _ in range(2):
+        if ratio >= 0.8:
+            break
+        # The machine is shared, with other tests too: as many again, and the median of all.
         _, more = median_ratio(name, tmp_path, POISONS[poison])
         told += more
         ratio = statistics.median(float(line.rpartition(" ")[2]) for line in told)
