@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from kombu.message import Message
 
 import servers
@@ -56,6 +57,9 @@ def rate(name: str, folder: Path, poison: float | None, **options: Any) -> tuple
         thread.join(10)
         store.close()
         broker.clean_up()
+        with redis.Redis.from_url(servers.real_redis()) as client:
+            for key in client.scan_iter(f"{unique}:*", count=1000):
+                client.delete(key)
 
 
 def median_ratio(name: str, folder: Path, poison: float, rounds: int = 3, **options: Any) -> tuple[float, list[str]]:
