@@ -11,11 +11,15 @@ import pytest
 import sqlalchemy as sa
 from kombu import Connection
 
+from idempotent_bus import IdempotentConsumer, idempotent_consumer
 from idempotent_bus.errors import Unroutable
 from idempotent_bus.model import Landing
+from idempotent_bus.stores.memory import MemoryStore
+from idempotent_bus.transports.sql import tables
 from idempotent_bus.transports.sql.database import open_database
 from idempotent_bus.transports.sql.edge import Edge
 from idempotent_bus.transports.sql.transport import dead_letters, restore
+from idempotent_bus.work import Ended
 from sql_bus import DIALECTS, Bus, deliveries, drop, lines, open_bus
 
 
@@ -361,3 +365,37 @@ def test_a_republished_copy_starts_afresh(bus: Bus, connection: Connection) -> N
     again = next(deliveries(connection, bus.queue))
     assert not again.delivery_info.get("redelivered")
     assert "x-delivery-count" not in again.headers
+
+
+def as_kombu_makes_it(bus: Bus) -> None:
+    """kombu's own tables, where the payload is a TEXT."""
+    plain = sa.MetaData()
+    names = bus.tables()
+    names.queue.to_metadata(plain)
+    message = names.message.to_metadata(plain)
+    message.c.payload.type = sa.Text()
+    engine = sa.create_engine(bus.url)
+    plain.create_all(engine)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("widened", [True, False], ids=["widened", "control"])
+def test_a_long_message_fits_into_its_dead_letter(
+    bus: Bus, unique: str, widened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I1: what just fitted into kombu's column goes to the dead letter with its headers, if kombu made the table too.
+
+    The control: in MariaDB's 64 KB it does not fit, and is held for ever; the others have no such bound.
+    """
+    as_kombu_makes_it(bus)
+    if not widened:
+        monkeypatch.setattr(tables, "_is_short", lambda *_: False)
+    handle = idempotent_consumer(MemoryStore(), scope=unique, biz_id="id", permanent=(ValueError,))(
+        lambda body, message: int("no number")
+    )
+    with bus.connect() as connection:
+        bus.publish(connection, {"id": "a", "long": "x" * 48_600}, "a")
+        consumer = IdempotentConsumer(connection, {bus.queue: handle})
+        consumer.run(idle_timeout=0.3)
+    fits = widened or bus.url.startswith(("sqlite", "postgresql"))
+    assert consumer.endings == {Ended.DEAD if fits else Ended.HELD: 1}

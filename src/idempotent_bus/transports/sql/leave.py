@@ -102,9 +102,7 @@ def _move_dead(database: Database, restorer: Restorer, queues: Collection[str] |
 
     def work(connection: sa.Connection) -> int:
         rows = connection.execute(query).all()
-        fresh = [
-            (row.message_id, row.queue, sql_payload.mark_redelivered(row.payload, 0, restorer.limit)) for row in rows
-        ]
+        fresh = [(row.message_id, row.queue, sql_payload.mark_redelivered(row.payload, 0)) for row in rows]
         restorer.put(connection, fresh, keep_place=False)
         connection.execute(sa.delete(dead).where(dead.c.id.in_([row.id for row in rows])))
         return len(rows)

@@ -15,9 +15,6 @@ from uuid import uuid4
 DELIVERIES: Final = "idempotent-bus-deliveries"
 DELIVERY_COUNT: Final = "x-delivery-count"
 
-#: MySQL's TEXT, kombu's payload column there.
-TEXT_BYTES: Final = 65_535
-
 
 def encode(message: dict[str, Any]) -> str:
     """The payload as kombu's own transport writes it, under a delivery tag of its own."""
@@ -76,11 +73,10 @@ def hand_out(message: dict[str, Any], tag: str, deliveries: int) -> dict[str, An
     return message
 
 
-def mark_redelivered(payload: str, deliveries: int, limit: int | None = None) -> str:
-    """The payload with its count; as it was if that would not fit into `limit` bytes: rather unmarked than lost."""
+def mark_redelivered(payload: str, deliveries: int) -> str:
+    """The payload with its count."""
     message, _ = decode(payload)
     message["redelivered"] = True
     message["properties"]["delivery_info"]["redelivered"] = True
     message["properties"][DELIVERIES] = deliveries
-    marked = json.dumps(message, separators=(",", ":"))
-    return payload if limit is not None and len(marked) > limit else marked
+    return json.dumps(message, separators=(",", ":"))

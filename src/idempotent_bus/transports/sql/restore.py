@@ -33,8 +33,6 @@ class Restorer:
         self._database = database
         self._max = max_deliveries
         self._next_check = 0.0
-        #: What fits into kombu's payload column, in bytes (JSON is ASCII here); None for no bound.
-        self.limit = sql_payload.TEXT_BYTES if database.dialect in ("mysql", "mariadb") else None
 
     def soon(self, delay: float) -> None:
         """Look again when this delay is over, if that is earlier than planned."""
@@ -147,7 +145,7 @@ class Restorer:
                 continue
             payload = row.payload
             if counted or seen:
-                payload = sql_payload.mark_redelivered(payload, deliveries, self.limit)
+                payload = sql_payload.mark_redelivered(payload, deliveries)
             back.append((row.message_id, row.queue, payload))
         self.put(connection, back, keep_place=keep_place)
         self.bury(connection, dead)

@@ -1,6 +1,7 @@
 """The tables: kombu's own two, as kombu makes them, and four of ours.
 
-Ready messages lie in kombu's tables, so plain `sqla+...` producers and consumers share the queues with us. What we
+Ready messages lie in kombu's tables, so plain `sqla+...` producers and consumers share the queues with us. On MySQL and
+MariaDB their payload is made LONGTEXT: kombu's TEXT ends at 64 KB, which a dead letter's headers exceed soon. What we
 keep besides lies in tables of our own, where no plain worker can take or restore it.
 
 * `..._landed`: the edge. One row for each (queue, inner-msg-id) that landed, unique.
@@ -83,7 +84,7 @@ def tables(queue: str = KOMBU_QUEUE, message: str = KOMBU_MESSAGE, prefix: str |
         sa.Column("id", sa.Integer, sa.Sequence("message_id_sequence"), primary_key=True, autoincrement=True),
         sa.Column("visible", sa.Boolean, index=True),
         sa.Column("timestamp", sa.DateTime, nullable=True, index=True),
-        sa.Column("payload", sa.Text, nullable=False),
+        sa.Column("payload", _LONG, nullable=False),
         sa.Column("version", sa.SmallInteger, nullable=False),
         sa.Column(
             "queue_id",
@@ -149,8 +150,23 @@ def create(connection: sa.Connection, names: Tables) -> None:
     inspector = sa.inspect(connection)
     existed = inspector.has_table(names.message.name)
     names.metadata.create_all(connection)
-    if existed and not any(index["name"] == names.ready.name for index in inspector.get_indexes(names.message.name)):
+    if not existed:
+        return
+    if not any(index["name"] == names.ready.name for index in inspector.get_indexes(names.message.name)):
         names.ready.create(connection)
+    if connection.dialect.name in ("mysql", "mariadb") and _is_short(inspector, names.message):
+        # What is read back with a header or two more must fit again: a message that does not is stuck for ever.
+        table = connection.dialect.identifier_preparer.format_table(names.message)
+        # Not for a day, as is usual, behind somebody's open transaction: the caller repeats it, and then says so.
+        connection.exec_driver_sql("SET SESSION lock_wait_timeout = 5")
+        connection.exec_driver_sql(f"ALTER TABLE {table} MODIFY payload LONGTEXT NOT NULL")
+        connection.exec_driver_sql("SET SESSION lock_wait_timeout = DEFAULT")
+
+
+def _is_short(inspector: sa.Inspector, message: sa.Table) -> bool:
+    """True if kombu made the table: its TEXT ends at 64 KB."""
+    payload = next(column for column in inspector.get_columns(message.name) if column["name"] == "payload")
+    return not isinstance(payload["type"], mysql.LONGTEXT)
 
 
 def insert_ignore(table: sa.Table, dialect: str) -> Any:
