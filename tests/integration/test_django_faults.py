@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from django.db.models import F
 
 import django_rig
 import servers
-from consumer_rig import Broker, make_broker
+from consumer_rig import Broker, make_broker, poll
 from django_rig import Card, Charge, environment, within
 from idempotent_bus import Backoff, Ended
 from idempotent_bus.django import transactional_consumer
@@ -185,7 +186,7 @@ def _kill(alias: str) -> None:
 @within("default", "postgresql")
 @pytest.mark.parametrize("lasting", [0, 60], ids=["closed", "kept"])
 def test_old_connections_are_closed_around_messages(place: str, lasting: int) -> None:
-    """As around requests: with CONN_MAX_AGE 0 none is left open after a message."""
+    """As around requests: with CONN_MAX_AGE 0 none is left open after a message, and none is used that is too old."""
     executor = handler_in(place)
     entry = connections[place].settings_dict
     before = entry["CONN_MAX_AGE"]
@@ -193,7 +194,12 @@ def test_old_connections_are_closed_around_messages(place: str, lasting: int) ->
     entry["CONN_MAX_AGE"] = lasting
     try:
         executor.handle(work_of(executor, "a", lambda: Card.objects.using(place).create(payment_id="a") and None))
-        assert (connections[place].connection is None) is (lasting == 0)
+        earlier = connections[place].connection
+        assert (earlier is None) is (lasting == 0)
+        connections[place].close_at = 0.0  # long ago
+        used: list[Any] = []
+        executor.handle(work_of(executor, "b", lambda: used.append(connections[place].connection)))
+        assert used[0] is not earlier
     finally:
         entry["CONN_MAX_AGE"] = before
 
@@ -223,6 +229,27 @@ with Connection(url) as connection:
 """
 
 
+WORKER = """
+import sys
+import django_rig
+from django.db import connections
+from kombu import Exchange, Queue
+from idempotent_bus import IdempotentWorker
+from idempotent_bus.django import transactional_consumer
+alias, url, queue, scope = sys.argv[1:]
+
+@transactional_consumer(scope=scope, biz_id="payment_id", using=alias)
+def issue(body, message):
+    django_rig.Card.objects.using(alias).create(payment_id=body["payment_id"])
+
+before = django_rig.Card.objects.using(alias).count()  # the parent's connection, which its children inherit
+session = connections[alias].connection
+IdempotentWorker(url, {Queue(queue, Exchange(""), durable=True): issue}, processes=2, threads=0).run()
+assert connections[alias].connection is session
+print(django_rig.Card.objects.using(alias).count())
+"""
+
+
 @pytest.fixture
 def broker(unique: str, tmp_path: Path) -> Iterator[Broker]:
     made = make_broker("rabbitmq-classic", unique, tmp_path)
@@ -244,3 +271,56 @@ def test_a_killed_consumer(place: str, broker: Broker) -> None:
     assert sorted(Card.objects.using(place).values_list("payment_id", flat=True)) == ["a", "b", "c"]
     assert broker.is_empty(queue.name)
     assert broker.is_empty(broker.dead)
+
+
+@within("postgresql")
+def test_a_worker_whose_parent_has_a_connection(place: str, broker: Broker) -> None:
+    """I2: processes that were forked leave their parent's connection alone, and use their own."""
+    queue = broker.queue()
+    payments = sorted(f"p-{number:02}" for number in range(30))
+    for payment in payments:
+        broker.publish(queue, {"payment_id": payment})
+    command = [sys.executable, "-c", WORKER, place, broker.url, queue.name, broker.unique]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as worker:
+        try:
+            assert poll(lambda: Card.objects.using(place).count() == len(payments), 30)
+        finally:
+            worker.send_signal(signal.SIGTERM)
+            said, _ = worker.communicate(timeout=30)
+    assert (worker.returncode, said) == (0, "30\n")
+    assert sorted(Card.objects.using(place).values_list("payment_id", flat=True)) == payments
+
+
+FORKED = """
+import os, sys
+import django_rig
+from django.db import connections
+from idempotent_bus.work import Work
+from test_django_faults import handler_in, work_of
+alias = sys.argv[1]
+executor = handler_in(alias)
+django_rig.Card.objects.using(alias).count()
+session = connections[alias].connection
+children = []
+for child in range(2):
+    pid = os.fork()
+    if not pid:
+        for number in range(20):
+            payment = f"{child}-{number}"
+            issue = lambda: django_rig.Card.objects.using(alias).create(payment_id=payment) and None
+            executor.handle(work_of(executor, payment, issue))
+        os._exit(0)
+    children.append(pid)
+assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
+assert connections[alias].connection is session
+print(django_rig.Card.objects.using(alias).count())
+"""
+
+
+@within("postgresql", "mariadb")
+def test_a_fork_leaves_its_parents_connection_alone(place: str) -> None:
+    """I2: two children that handle messages at once, in the thread whose connection the parent had opened."""
+    path = os.pathsep.join((str(Path(__file__).parent), environment()["PYTHONPATH"]))
+    command, around = [sys.executable, "-c", FORKED, place], {**environment(), "PYTHONPATH": path}
+    done = subprocess.run(command, env=around, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "40\n"), done.stderr

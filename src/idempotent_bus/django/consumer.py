@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -105,11 +106,29 @@ def _run(run: Callable[[], Any], handed: Handed) -> Any:
 
 @contextlib.contextmanager
 def _housekeeping() -> Iterator[None]:
+    _leave_inherited()
     close_old_connections()
     try:
         yield
     finally:
         close_old_connections()
+
+
+#: The process that this thread's connections belong to, and those of a parent's: they must not even be closed here.
+_process = os.getpid()
+_inherited: list[Any] = []
+
+
+def _leave_inherited() -> None:
+    """After a fork (the worker's, say): a connection that the parent had opened is the parent's."""
+    global _process
+    if _process == os.getpid():
+        return
+    _process = os.getpid()
+    for connection in connections.all():
+        if connection.connection is not None:
+            _inherited.append(connection.connection)
+            connection.connection = None
 
 
 def transactional_consumer(
