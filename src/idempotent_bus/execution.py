@@ -25,7 +25,10 @@ def current_execution() -> Execution:
     """The execution of the guarded handler that is running here. Raises NoExecution outside one."""
     execution = running.get()
     if execution is None:
-        raise NoExecution("current_execution() works only inside a guarded handler, in its own thread or context")
+        raise NoExecution(
+            "current_execution() works only inside a guarded handler, in its own thread or context; another thread must "
+            "be given the execution (and publishes with inner_msg_id=execution.derived_id(name) in place of once=name)"
+        )
     return execution
 
 
@@ -40,7 +43,7 @@ class Execution:
 
     def __init__(self, work: Work, attempt: int) -> None:
         self._work = work
-        self._names: set[str] | None = None
+        self._names: dict[str, object] = {}
         self.attempt = attempt
 
     @property
@@ -81,13 +84,13 @@ class Execution:
     def derived_id(self, name: str) -> str:
         """An inner-msg-id for what this execution publishes under `name`: the same on every attempt.
 
-        Raises ConfigurationError for a name that this execution has used before: two messages need two names.
+        `publish(..., once=name)` asks for it by itself; another thread, which has only been given the execution, gives
+        it as `inner_msg_id`. Raises ConfigurationError for a name that this execution has used before: two messages
+        need two names.
         """
-        if self._names is None:
-            self._names = set()
-        if name in self._names:
+        mine = object()
+        if self._names.setdefault(name, mine) is not mine:  # one step: two threads may ask at once
             raise ConfigurationError(f"once={name!r} is used twice in one execution: the second would be refused")
-        self._names.add(name)
         return derived_inner_msg_id(self._work.key, name)
 
     def complete(self, result: Any = None) -> None:

@@ -164,6 +164,8 @@ class Executor:
             claimed_at=claim.asked_at,
             clock=self._clock,
         )
+        if self._notify is not None:
+            execution.on_lost = self._on_lease_lost
         if outcome.taken_over:
             self._tell(EventKind.ABANDONED, work, execution)
             if self.policy.on_abandoned != "rerun":
@@ -202,6 +204,7 @@ class Executor:
             log.warning("the probe of scope %s raised %s", work.scope, type(error).__name__, exc_info=error)
             if execution.attempt < self.policy.max_attempts:
                 self._claims.release(execution.hold, execution.attempt, abandoned=True)
+                self._tell(EventKind.RELEASED, work, execution, type(error).__name__)
                 return self._wait(work, Ended.FAILED, self.policy.backoff.delay(execution.attempt, self._draw))
             return self._quarantine(work, execution)
         except BaseException:
@@ -225,7 +228,7 @@ class Executor:
             if isinstance(store, QuarantineStore):
                 note = note_of(work, attempts)
                 if not self._step(QUARANTINE, store.quarantine, execution.hold, note=note):
-                    return self._lost(work)
+                    return self._lost(work, execution)
                 self._tell(EventKind.QUARANTINED, work, execution)
             else:
                 self._claims.release(execution.hold, attempts, abandoned=True)
@@ -238,8 +241,6 @@ class Executor:
 
     def _run(self, work: Work, execution: LeasedExecution) -> Ending:
         self._tell(EventKind.CLAIMED, work, execution)
-        if self._notify is not None:
-            execution.on_lost = self._on_lease_lost
         self._keeper.add(execution)
         context = running.set(execution)
         value = None
@@ -310,7 +311,7 @@ class Executor:
             execution.idempotency_key,
             hold.token,
         )
-        return self._lost(work)
+        return self._lost(work, execution)
 
     def fail(self, execution: LeasedExecution, error: BaseException, /) -> Ending:
         """The handler raised, or said that the business failed: release and put off, or dead-letter."""
@@ -332,8 +333,10 @@ class Executor:
         if reason is not None and not decided_later:
             execution.ending = self._give_up(work, execution, error, reason)
             return execution.ending
-        self._claims.release(execution.hold, attempt, abandoned=doubtful)
-        self._tell(EventKind.RELEASED, work, execution, type(error).__name__)
+        if self._claims.release(execution.hold, attempt, abandoned=doubtful) is False:
+            execution.on_lease_lost(taken=True)
+        else:
+            self._tell(EventKind.RELEASED, work, execution, type(error).__name__)
         execution.ending = self._wait(work, Ended.FAILED, self._failing.delay(error, attempt))
         return execution.ending
 
@@ -346,8 +349,8 @@ class Executor:
         except StoreError:
             return self._in_doubt(work)
         if not ours:
-            return self._lost(work)
-        return self._bury(work, execution.hold, reason, last_line(error), execution.attempt)
+            return self._lost(work, execution)
+        return self._bury(work, execution.hold, reason, last_line(error), execution.attempt, execution)
 
     # --- settling ------------------------------------------------------------------------------------
 
@@ -359,14 +362,22 @@ class Executor:
         self._tell(EventKind.STORE_UNAVAILABLE, work)
         return self._wait(work, Ended.IN_DOUBT, self._claims.silence.pause())
 
-    def _lost(self, work: Work) -> Ending:
-        self._tell(EventKind.LEASE_LOST, work)
+    def _lost(self, work: Work, execution: LeasedExecution) -> Ending:
+        execution.on_lease_lost(taken=True)  # told once, whoever finds out
         return self._wait(work, Ended.LEASE_LOST, self.policy.busy_delay)
 
-    def _bury(self, work: Work, hold: Hold | None, reason: Reason, error: str, attempts: int = 0) -> Ending:
+    def _bury(
+        self,
+        work: Work,
+        hold: Hold | None,
+        reason: Reason,
+        error: str,
+        attempts: int = 0,
+        execution: LeasedExecution | None = None,
+    ) -> Ending:
         moved = self._step(DEAD_LETTER, work.settle.dead_letter, reason, error, attempts)
         if moved:
-            self._tell(EventKind.DEAD_LETTERED, work, reason=reason.value)
+            self._tell(EventKind.DEAD_LETTERED, work, execution, reason.value)
         if hold is not None:
             # What could not be moved must not run again either, when it is looked at again.
             self._claims.release(hold, attempts if moved else max(attempts, self.policy.most_attempts))

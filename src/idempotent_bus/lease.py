@@ -96,7 +96,8 @@ class LeaseKeeper:
                     execution.renewed_at = now
                 elif still_ours is None:
                     # Not known: the next round asks again. If it lapses, the token decides; the handler is told.
-                    if self._clock() - execution.renewed_at >= lease:
+                    # Not one that is being ended: whoever ends it may hold its lock for as long as the store is silent.
+                    if self._clock() - execution.renewed_at >= lease and execution.hold in self._running:
                         execution.on_lease_lost(taken=False)
                 elif self._running.pop(execution.hold, None) is not None:
                     execution.on_lease_lost(taken=True)

@@ -20,7 +20,7 @@ from .execution import current_execution
 from .headers import DEDUPLICATION, INNER_MSG_ID
 from .identity import BizIdSpec, extract_biz_id
 from .model import Edge, Landing, Receipt
-from .msgid import is_inner_msg_id, new_inner_msg_id
+from .msgid import is_inner_msg_id, new_inner_msg_id, published_at
 from .sending.amqp import AmqpLane
 from .sending.outgoing import Outgoing, prepare
 from .sending.resend import Known, NotConfirmed, ResendPolicy, Sends
@@ -116,7 +116,7 @@ class IdempotentProducer:
         inner_msg_id: resends that very message (take it from a PublishError or a Receipt); without it the message
             gets a fresh id. once: inside a guarded handler, a name for this publish: the id is derived from the
             execution and that name, so that a handler that is run again publishes the very same message again. To
-            resend after an error use the error's inner_msg_id. expiration: seconds. Other keywords are message
+            resend after an error use the error's inner_msg_id; in another thread, `execution.derived_id(name)`. expiration: seconds. Other keywords are message
             properties. An Exchange object is declared first, a name is not.
 
         The receipt says `duplicate` only for an id that was given or derived: a fresh one can only be met again by its
@@ -242,11 +242,12 @@ class IdempotentProducer:
             if not isinstance(once, str) or not once:
                 raise ConfigurationError("once must be a name for this publish, such as 'receipt'")
             inner_msg_id = current_execution().derived_id(once)
-            properties.setdefault("timestamp", int(time.time()))  # which a derived id does not tell
         elif inner_msg_id is None:
             inner_msg_id = new_inner_msg_id()
         elif not is_inner_msg_id(inner_msg_id):
-            raise ConfigurationError("inner_msg_id must be one that a receipt or a publish error gave: a UUIDv7")
+            raise ConfigurationError("inner_msg_id must be one that a receipt, a publish error or an execution gave")
+        if published_at(inner_msg_id) is None:
+            properties.setdefault("timestamp", int(time.time()))  # which a derived id does not tell
         if self._deduplication_header:
             headers = {**(headers or {}), DEDUPLICATION: inner_msg_id}
         return prepare(

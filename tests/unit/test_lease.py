@@ -248,6 +248,19 @@ def test_one_that_ended_meanwhile_has_not_lost_its_lease(clock: ManualClock, kin
     assert [e.lost for e in executions] == [0, 1]
 
 
+def test_one_that_is_being_ended_is_not_told_of_a_stall(clock: ManualClock) -> None:
+    """I13: who ends it may hold its lock for as long as the store is silent: the keeper must not wait for that."""
+    store, running = Answers(down={1}), Running(hold(1))
+    keeper = keeper_of(store, clock)
+    keeper.add(running)
+    clock.advance(61)
+    keeper.tick()
+    assert running.stalled == 1, "the control: while it runs it is told"
+    store.during = lambda: keeper.remove(running)
+    keeper.tick()
+    assert running.stalled == 1
+
+
 def test_what_is_removed_is_not_renewed(clock: ManualClock) -> None:
     """Removing twice, or what was never added, is harmless."""
     store = Batches()

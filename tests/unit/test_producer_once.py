@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -164,6 +167,49 @@ def test_once_and_an_id_contradict_each_other(producer: Any, lane: EdgeLikeLane,
         producer.publish({}, once="receipt", inner_msg_id=derived_inner_msg_id(KEY, "mail"))
     assert lane.sent == []
     assert execution.derived_id("receipt")  # the refused publish did not use the name up
+
+
+def test_another_thread_publishes_with_the_executions_id(producer: Any, lane: EdgeLikeLane, runs: Runs) -> None:
+    """A callback's thread has no current execution: it is told what to do, and the id that it asks for is the same."""
+    execution, told, receipts = runs.start(), [], []
+
+    def callback() -> None:
+        with pytest.raises(NoExecution, match="derived_id") as caught:
+            producer.publish({}, once="receipt")
+        told.append(caught.value)
+        receipts.append(producer.publish({}, inner_msg_id=execution.derived_id("receipt")))
+
+    thread = threading.Thread(target=callback)
+    thread.start()
+    thread.join()
+    assert len(told) == 1
+    assert receipts[0].inner_msg_id == derived_inner_msg_id(KEY, "receipt")
+    assert type(lane.sent[0].properties.get("timestamp")) is int, "so that its age is known all the same"
+    with pytest.raises(ConfigurationError, match="twice"):
+        producer.publish({}, once="receipt")
+
+
+def test_two_threads_do_not_get_one_name(runs: Runs) -> None:
+    """I1: of threads that ask for one name at once exactly one gets its id; a second message of it would be refused."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(200):
+            execution, barrier, got = runs.start(), threading.Barrier(3), []
+
+            def ask(execution: Execution = execution, barrier: Any = barrier, got: list[str] = got) -> None:
+                barrier.wait()
+                with contextlib.suppress(ConfigurationError):
+                    got.append(execution.derived_id("receipt"))
+
+            threads = [threading.Thread(target=ask) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(got) == 1
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_a_derived_id_tells_no_time_so_the_message_does(producer: Any, lane: EdgeLikeLane, runs: Runs) -> None:

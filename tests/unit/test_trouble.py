@@ -390,6 +390,7 @@ def test_a_listener_hears_what_happens() -> None:
         executor.handle(bench.work(boom, "bad"))
     assert ear.kinds() == ["claimed", "released", "claimed", "dead-lettered"]
     assert (ear.heard[1].reason, ear.heard[3].reason) == ("ValueError", "attempts")
+    assert (ear.heard[3].attempt, ear.heard[3].token) == (2, ear.heard[2].token)
     ear.heard.clear()
     bench.take("held")
     executor.handle(bench.work(boom, "held"))
@@ -417,8 +418,20 @@ def test_a_listener_hears_of_abandoned_quarantined_and_lost() -> None:
         bench.keeper.tick()
 
     executor.handle(bench.work(overtaken, "other"))
-    assert ear.kinds() == ["claimed", "lease lost", "lease lost"]
+    assert ear.kinds() == ["claimed", "lease lost"], "the keeper saw it, then the completion: told once"
     ear.heard.clear()
+
+    def unseen(failing: bool) -> None:
+        bench.clock.advance(61)
+        bench.take(f"unseen {failing}")
+        if failing:
+            boom()
+
+    for failing in (False, True):
+        executor.handle(bench.work(lambda failing=failing: unseen(failing), f"unseen {failing}"))
+        assert ear.kinds() == ["claimed", "lease lost"], "nothing was released that is another's"
+        assert ear.heard[1].token == ear.heard[0].token > 0
+        ear.heard.clear()
     bench.executor(notify=notifier(ear)).handle(bench.work(lambda: None, "mark", fingerprint=b"finger-1"))
     bench.executor(notify=notifier(ear)).handle(bench.work(boom, "mark", fingerprint=b"finger-2"))
     assert ear.kinds() == ["claimed", "completed", "conflicted", "dead-lettered"]
