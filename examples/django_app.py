@@ -6,7 +6,7 @@
 The view charges and adds the message to the outbox: ATOMIC_REQUESTS makes the two one commit. The relay brings it to
 the broker. The consumer issues the card, with its record in the same transaction. All of it is in two SQLite files;
 with PostgreSQL and RabbitMQ only DATABASES and BROKER change, and the three parts run as processes of their own:
-`manage.py runserver`, `manage.py relay`, and `idempotent-bus worker` for the handler.
+`manage.py runserver`, `manage.py relay`, and `idempotent-bus worker` with a module that calls django.setup() first.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import unittest
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import sqlalchemy as sa
 from django.db import connections
 from django.db.models import F
+from django.test import TestCase
 
 import django_rig
 import servers
@@ -257,7 +259,7 @@ def broker(unique: str, tmp_path: Path) -> Iterator[Broker]:
     made.clean_up()
 
 
-@within("default", "postgresql")
+@within("postgresql")
 def test_a_killed_consumer(place: str, broker: Broker) -> None:
     """I1, I2, I4: SIGKILL after the handler, and between COMMIT and ack: three cards for three messages, none left."""
     queue = broker.queue()
@@ -317,10 +319,30 @@ print(django_rig.Card.objects.using(alias).count())
 """
 
 
-@within("postgresql", "mariadb")
+@within("postgresql")
 def test_a_fork_leaves_its_parents_connection_alone(place: str) -> None:
     """I2: two children that handle messages at once, in the thread whose connection the parent had opened."""
     path = os.pathsep.join((str(Path(__file__).parent), environment()["PYTHONPATH"]))
     command, around = [sys.executable, "-c", FORKED, place], {**environment(), "PYTHONPATH": path}
     done = subprocess.run(command, env=around, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "40\n"), done.stderr
+
+
+@within("default")
+def test_handlers_within_a_test_case(place: str) -> None:
+    """In Django's TestCase a handler runs as in production, a copy is a replay, and nothing outlives the test."""
+    executor = handler_in(place)
+
+    class Inner(TestCase):
+        def test(self) -> None:
+            for expected in (Ended.COMPLETED, Ended.REPLAYED):
+                issue = work_of(executor, "a", lambda: Card.objects.create(payment_id="a") and None)
+                assert executor.handle(issue).how is expected
+            failing = work_of(executor, "b", lambda: Card.objects.create(payment_id="b") and 1 // 0)
+            assert executor.handle(failing).how is Ended.FAILED
+            assert [card.payment_id for card in Card.objects.all()] == ["a"]
+
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromTestCase(Inner).run(result)
+    assert result.wasSuccessful(), result.errors + result.failures
+    assert Card.objects.count() == 0
