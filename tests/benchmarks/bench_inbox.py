@@ -12,8 +12,8 @@ guarded    the same INSERT as a handler: `Transactions.handle`, one message at a
 window     the same handlers, 100 messages in one commit
 failing    the same, where one handler of each 100 raises
 
-`--grown 1000000` puts that many records into the table in the middle of the run, and shows what that changes. SQLite is
-in WAL mode with synchronous=FULL: every commit is durable, as on a server.
+`--grown 1000000` compares a table of so many records with one of 10,000 instead, the two taking turns. SQLite is in WAL
+mode with synchronous=FULL: every commit is durable, as on a server.
 """
 
 from __future__ import annotations
@@ -180,6 +180,33 @@ def measure(bench: Bench, messages: int, rounds: int) -> dict[str, list[float]]:
     return rates
 
 
+def compare(few: Bench, many: Bench, rows: int, messages: int, rounds: int) -> None:
+    """Two tables, one with 10,000 records and one with `rows`, taking turns a hundred messages at a time."""
+    try:
+        few.grow(10_000)
+        many.grow(rows)
+        names = ("record", "guarded", "window")
+        for bench in (few, many):
+            for name in names:
+                getattr(bench, name)(WINDOW)
+        ratios: dict[str, list[float]] = {name: [] for name in names}
+        for number in range(rounds):
+            took = {(name, bench): 0.0 for name in names for bench in (few, many)}
+            for part in range(messages // WINDOW):
+                turns = list(took)
+                turn = (number + part) % len(turns)
+                for name, bench in turns[turn:] + turns[:turn]:
+                    took[name, bench] += getattr(bench, name)(WINDOW)
+            for name in names:
+                ratios[name].append(took[name, few] / took[name, many])
+            print(f"round {number + 1} of {rounds}", file=sys.stderr)
+        for name, each in ratios.items():
+            spread = " ".join(f"{ratio:.2f}" for ratio in each)
+            print(f"{name:10}{rows:,} records run at {statistics.median(each):.2f} of 10,000   {spread}")
+    finally:
+        many.close()
+
+
 def show(rates: dict[str, list[float]]) -> dict[str, float]:
     ratios = {}
     print(f"{'':10}{'messages/s':>12}{'ratio':>8}   (of each round)")
@@ -196,7 +223,7 @@ def main() -> None:
     parser.add_argument("--messages", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--url", default="postgresql")
-    parser.add_argument("--grown", type=int, default=0, help="rows to add, and measure again")
+    parser.add_argument("--grown", type=int, default=0, help="compare a table of so many rows with a small one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         urls = {
@@ -204,23 +231,15 @@ def main() -> None:
             "mariadb": servers.MARIADB,
             "sqlite": f"sqlite:///{folder}/inbox.db",
         }
-        bench = Bench(urls.get(options.url, options.url))
+        url = urls.get(options.url, options.url)
+        few = Bench(url)
         try:
             if options.grown:
-                bench.grow(10_000)
-                few = measure(bench, options.messages, options.rounds)
-                print("10,000 records:")
-                small = show(few)
-                bench.grow(options.grown)
-                many = measure(bench, options.messages, options.rounds)
-                print(f"{options.grown:,} records more:")
-                large = show(many)
-                print("the ratio to the INSERT alone, many records to few: ", end="")
-                print(", ".join(f"{name} {large[name] / small[name]:.2f}" for name in WAYS[1:]))
+                compare(few, Bench(url), options.grown, options.messages, options.rounds)
             else:
-                show(measure(bench, options.messages, options.rounds))
+                show(measure(few, options.messages, options.rounds))
         finally:
-            bench.close()
+            few.close()
 
 
 if __name__ == "__main__":
