@@ -32,10 +32,10 @@ _DIALECTS: Final[dict[str, Any]] = {
 }
 #: Driver packages by the name of their top module: the database, and how parameters are written.
 _DRIVERS: Final = {
-    "psycopg": ("postgresql", "pyformat"),
-    "psycopg2": ("postgresql", "pyformat"),
-    "pymysql": ("mysql", "pyformat"),
-    "MySQLdb": ("mysql", "pyformat"),
+    "psycopg": ("postgresql", "format"),
+    "psycopg2": ("postgresql", "format"),
+    "pymysql": ("mysql", "format"),
+    "MySQLdb": ("mysql", "format"),
     "sqlite3": ("sqlite", "qmark"),
     "pysqlite3": ("sqlite", "qmark"),
     "sqlcipher3": ("sqlite", "qmark"),
@@ -62,8 +62,8 @@ class Link(ABC):
         """Raise ConfigurationError if the next statement would be committed by itself."""
 
     @abstractmethod
-    def run(self, text: str, parameters: Mapping[str, Any]) -> tuple[list[Sequence[Any]], int]:
-        """Run one statement in the caller's transaction; its rows, and how many rows it changed.
+    def run(self, text: str, parameters: Mapping[str, Any], *, fetch: bool = True) -> tuple[list[Sequence[Any]], int]:
+        """Run one statement in the caller's transaction; its rows, and how many rows it changed. fetch: False: no rows.
 
         Raises what that kind of connection raises, without the parameters in its text where it would have them.
         """
@@ -80,11 +80,13 @@ class _SQLAlchemyLink(Link):
         if commits_by_itself(self._connection):
             raise _autocommit("give it an engine without isolation_level='AUTOCOMMIT'")
 
-    def run(self, text: str, parameters: Mapping[str, Any]) -> tuple[list[Sequence[Any]], int]:
+    def run(self, text: str, parameters: Mapping[str, Any], *, fetch: bool = True) -> tuple[list[Sequence[Any]], int]:
         connection = self._connection
-        statement = _prepared(text, self.database, connection.dialect.paramstyle)
+        style = connection.dialect.paramstyle
+        # Whoever takes `%(name)s` takes `%s` too, and has less to do then.
+        statement = _prepared(text, self.database, "format" if style == "pyformat" else style)
         if _is_plain(connection):
-            return _run_on_the_cursor(connection, statement, parameters)
+            return _run_on_the_cursor(connection, statement, parameters, fetch)
         try:
             result = connection.exec_driver_sql(statement.text, statement.arguments(parameters))
         except sa.exc.StatementError as error:
@@ -106,14 +108,14 @@ def _is_plain(connection: sa.Connection) -> bool:
 
 
 def _run_on_the_cursor(
-    connection: sa.Connection, statement: Statement, parameters: Mapping[str, Any]
+    connection: sa.Connection, statement: Statement, parameters: Mapping[str, Any], fetch: bool
 ) -> tuple[list[Sequence[Any]], int]:
     """As exec_driver_sql, errors included, in half the time: its bookkeeping costs more than an INSERT into SQLite."""
     driver = connection.connection
     cursor = driver.cursor()
     try:
         cursor.execute(statement.text, statement.arguments(parameters))
-        return (list(cursor.fetchall()) if cursor.description else []), cursor.rowcount
+        return (list(cursor.fetchall()) if fetch and cursor.description else []), cursor.rowcount
     except Exception as error:
         dialect = connection.dialect
         kind = dialect.loaded_dbapi.Error
@@ -142,12 +144,12 @@ class _DjangoLink(Link):
         if not connection.in_atomic_block and connection.get_autocommit():
             raise _autocommit("use it within transaction.atomic()")
 
-    def run(self, text: str, parameters: Mapping[str, Any]) -> tuple[list[Sequence[Any]], int]:
+    def run(self, text: str, parameters: Mapping[str, Any], *, fetch: bool = True) -> tuple[list[Sequence[Any]], int]:
         # Django takes %s for every database, and turns it into what the driver wants.
         statement = _prepared(text, self.database, "format")
         with self._connection.cursor() as cursor:
             cursor.execute(statement.text, statement.arguments(parameters))
-            return (list(cursor.fetchall()) if cursor.description else []), cursor.rowcount
+            return (list(cursor.fetchall()) if fetch and cursor.description else []), cursor.rowcount
 
 
 class _DriverLink(Link):
@@ -163,12 +165,12 @@ class _DriverLink(Link):
         if _driver_commits_by_itself(self._connection, self.database):
             raise _autocommit("switch its autocommit off, or begin a transaction first")
 
-    def run(self, text: str, parameters: Mapping[str, Any]) -> tuple[list[Sequence[Any]], int]:
+    def run(self, text: str, parameters: Mapping[str, Any], *, fetch: bool = True) -> tuple[list[Sequence[Any]], int]:
         statement = _prepared(text, self.database, self._style)
         cursor = self._cursor()
         try:
             cursor.execute(statement.text, statement.arguments(parameters))
-            return (list(cursor.fetchall()) if cursor.description else []), cursor.rowcount
+            return (list(cursor.fetchall()) if fetch and cursor.description else []), cursor.rowcount
         finally:
             cursor.close()
 
@@ -255,9 +257,12 @@ def _driver_commits_by_itself(driver: Any, database: str) -> bool:
 
 def _package_of(driver: object) -> str | None:
     """The driver's package, if it is one of those that are known."""
-    if isinstance(driver, sqlite3.Connection):
-        return "sqlite3"
-    for base in type(driver).__mro__:
+    return "sqlite3" if isinstance(driver, sqlite3.Connection) else _package_of_kind(type(driver))  # type: ignore[arg-type]  # any class can be a key
+
+
+@functools.lru_cache(maxsize=64)
+def _package_of_kind(kind: type) -> str | None:
+    for base in kind.__mro__:
         package = base.__module__.partition(".")[0]
         if package in _DRIVERS:
             return package

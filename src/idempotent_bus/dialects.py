@@ -77,7 +77,7 @@ class Statement(NamedTuple):
 
     def arguments(self, parameters: Mapping[str, Any]) -> Any:
         """The parameters as the driver wants them."""
-        return parameters if self.positions is None else tuple(parameters[name] for name in self.positions)
+        return parameters if self.positions is None else tuple(map(parameters.__getitem__, self.positions))
 
 
 def load_texts(package: str, path: str, fill: Mapping[str, str]) -> dict[str, str]:

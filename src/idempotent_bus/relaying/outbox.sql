@@ -13,18 +13,37 @@ VALUES
    :exchange, :routing_key, :content_type, :content_encoding, :headers, :options, :body)
 {if_new};
 
+-- name: add_plain
+-- The common one: no order, no delay, JSON, and an id that was made a moment ago, so that no row can have it. What all
+-- of these have alike is written out: a parameter costs more than a column.
+INSERT INTO {outbox}
+  (inner_msg_id, made_at, due_at, lease_ends, attempts, state,
+   exchange, routing_key, content_type, content_encoding, headers, options, body)
+VALUES
+  (:inner_msg_id, {now}, {now}, 0, 0, 0,
+   :exchange, :routing_key, 'application/json', 'utf-8', '{}', :options, :body)
+{notify};
+
 -- name: if_new_postgresql
--- A NOTIFY makes all commits of the database that have one wait for each other, so there is one only where a relay
--- sleeps: it then holds the lock, and the shared one cannot be had. Who gets that keeps it until its commit is visible,
--- and the relay does not sleep before.
-ON CONFLICT (inner_msg_id) DO NOTHING
-RETURNING CASE WHEN pg_try_advisory_xact_lock_shared({lock}) THEN '' ELSE CAST(pg_notify('{channel}', '') AS text) END
+ON CONFLICT (inner_msg_id) DO NOTHING {notify_postgresql}
 
 -- name: if_new_sqlite
 ON CONFLICT (inner_msg_id) DO NOTHING RETURNING id
 
 -- name: if_new_mysql
 -- No clause: INSERT IGNORE would bend values that do not fit, and an error ends no transaction here.
+
+-- name: notify_postgresql
+-- A NOTIFY makes all commits of the database that have one wait for each other, so there is one only where a relay
+-- sleeps: it then holds the lock, and the shared one cannot be had. Who gets that keeps it until its commit is visible,
+-- and the relay does not sleep before.
+RETURNING CASE WHEN pg_try_advisory_xact_lock_shared({lock}) THEN '' ELSE CAST(pg_notify('{channel}', '') AS text) END
+
+-- name: notify_sqlite
+-- Nobody listens.
+
+-- name: notify_mysql
+-- Nobody listens.
 
 -- name: clock
 SELECT {now};

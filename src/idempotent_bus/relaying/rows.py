@@ -76,6 +76,7 @@ def load(tables: sa.MetaData, dialect: Dialect) -> dict[str, str]:
         "outbox": quoted(dialect, table),
         "now": NOW_US[kind],
         "if_new": f"{{if_new_{kind}}}",
+        "notify": f"{{notify_{kind}}}",
         "channel": channel(tables),
         "lock": str(lock_number(tables)),
         "lock_rows": "" if kind == "sqlite" else skip,
@@ -101,7 +102,9 @@ class Rows:
         if dialect.name == "postgresql":
             texts["clock"] = texts["clock_postgresql"]
         self._texts = {
-            name: _bound(text) for name, text in texts.items() if not name.startswith("if_new") and "{" not in text
+            name: _bound(text)
+            for name, text in texts.items()
+            if not name.startswith(("add", "if_new", "notify")) and "{" not in text
         }
 
     def now(self, connection: sa.Connection) -> int:

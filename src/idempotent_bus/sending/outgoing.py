@@ -15,7 +15,7 @@ from ..errors import ConfigurationError, InvalidBody
 from ..headers import INNER_MSG_ID
 from ..signing import Signer, raw_body
 
-__all__ = ["Outgoing", "prepare"]
+__all__ = ["Outgoing", "prepare", "serialised"]
 
 _PERSISTENT: Final = 2
 
@@ -47,6 +47,18 @@ class Outgoing:
     declare: tuple[Any, ...]
 
 
+def serialised(body: Any, serializer: str | None) -> tuple[str, str, Any]:
+    """Content type, content encoding and the body as kombu's serializer of that name, or its default, makes it.
+
+    Raises InvalidBody if it cannot.
+    """
+    try:
+        made: tuple[str, str, Any] = dumps(body, serializer=serializer)
+    except EncodeError as error:
+        raise InvalidBody(f"the body cannot be serialised: {type(error.__cause__ or error).__name__}") from error
+    return made
+
+
 def prepare(
     body: Any,
     *,
@@ -75,10 +87,7 @@ def prepare(
         # Always overwritten: headers that were copied from another message bring that message's id along.
         all_headers[INNER_MSG_ID] = inner_msg_id
     if content_type is None:
-        try:
-            content_type, content_encoding, body = dumps(body, serializer=serializer)
-        except EncodeError as error:
-            raise InvalidBody(f"the body cannot be serialised: {type(error.__cause__ or error).__name__}") from error
+        content_type, content_encoding, body = serialised(body, serializer)
     elif isinstance(body, str):
         content_encoding = content_encoding or "utf-8"
         body = raw_body(body, content_encoding)
