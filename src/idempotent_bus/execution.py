@@ -26,8 +26,8 @@ def current_execution() -> Execution:
     execution = running.get()
     if execution is None:
         raise NoExecution(
-            "current_execution() works only inside a guarded handler, in its own thread or context; another thread must "
-            "be given the execution (and publishes with inner_msg_id=execution.derived_id(name) in place of once=name)"
+            "current_execution() works only inside a guarded handler, in its own thread or context; another thread "
+            "must be given the execution, and publishes with inner_msg_id=execution.derived_id(name), not once=name"
         )
     return execution
 

@@ -24,7 +24,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from .abandoned import AbandonedRecord, note_of
 from .claims import Claim, Claims
@@ -43,6 +43,9 @@ from .work import Ended, Ending, Settlement, Work
 __all__ = ["Executor"]
 
 log = logging.getLogger(__name__)
+
+#: How many messages whose dead letter could not be written are remembered with the reason.
+_MOST_UNMOVED: Final = 10_000
 
 
 class Executor:
@@ -85,6 +88,8 @@ class Executor:
         self._wall = wall
         self._failing = Failing(policy, draw, lambda: self._wall())
         self._doubtful: tuple[type[BaseException], ...] = (InDoubt, *policy.in_doubt)
+        #: Why messages are to die whose dead letter could not be written yet: the store keeps only that they are.
+        self._unmoved: dict[bytes, tuple[Reason, str, int]] = {}
 
     def handle(self, work: Work) -> Ending:
         """Claim singly and handle one delivery; settles it, whatever happens, unless the broker's connection fails."""
@@ -174,7 +179,8 @@ class Executor:
             # No record is there, or one that was never started: it may be new, or done and forgotten.
             return self._bury(work, hold, Reason.TOO_OLD, "older than the retention, so it may have been done before")
         if attempt > self.policy.most_attempts:
-            return self._bury(work, hold, Reason.ATTEMPTS, "the attempts are used up", attempt - 1)
+            known = self._unmoved.pop(work.key, None) or (Reason.ATTEMPTS, "the attempts are used up", attempt - 1)
+            return self._bury(work, hold, *known)
         if claim.request.reserve and (attempt > 1 or work.redelivered):
             # It has failed before, or it came back after its reservation was in doubt: no first delivery. On a
             # reservation a run whose worker dies is not counted; one such run is what the bound has room for (I12).
@@ -377,8 +383,11 @@ class Executor:
     ) -> Ending:
         moved = self._step(DEAD_LETTER, work.settle.dead_letter, reason, error, attempts)
         if moved:
+            self._unmoved.pop(work.key, None)
             self._tell(EventKind.DEAD_LETTERED, work, execution, reason.value)
         if hold is not None:
+            if not moved and len(self._unmoved) < _MOST_UNMOVED:
+                self._unmoved[work.key] = reason, error, attempts
             # What could not be moved must not run again either, when it is looked at again.
             self._claims.release(hold, attempts if moved else max(attempts, self.policy.most_attempts))
         return Ending(Ended.DEAD if moved else Ended.HELD)

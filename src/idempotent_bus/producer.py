@@ -116,8 +116,9 @@ class IdempotentProducer:
         inner_msg_id: resends that very message (take it from a PublishError or a Receipt); without it the message
             gets a fresh id. once: inside a guarded handler, a name for this publish: the id is derived from the
             execution and that name, so that a handler that is run again publishes the very same message again. To
-            resend after an error use the error's inner_msg_id; in another thread, `execution.derived_id(name)`. expiration: seconds. Other keywords are message
-            properties. An Exchange object is declared first, a name is not.
+            resend after an error use the error's inner_msg_id; in another thread, `execution.derived_id(name)`.
+            expiration: seconds. Other keywords are message properties. An Exchange object is declared first, a name
+            is not.
 
         The receipt says `duplicate` only for an id that was given or derived: a fresh one can only be met again by its
         own resend, and then this publish did land. Raises Unroutable, Rejected or PublishUnknown, never more than is

@@ -100,6 +100,21 @@ def test_what_could_not_be_dead_lettered_is_held_and_not_run_again() -> None:
     assert bench.executor().handle(held).how is Ended.HELD
     again = bench.work(lambda: pytest.fail("ran"), redelivered=True)
     assert bench.executor().handle(again).how is Ended.DEAD
+    assert again.settle.answer[1] is Reason.ATTEMPTS, "another worker knows only that it may not run"  # type: ignore[attr-defined]
+
+
+def test_what_could_not_be_dead_lettered_keeps_its_reason() -> None:
+    """The dead letter that is written in the end says why the message died, not that it was tried before."""
+    bench = Bench(permanent=(ValueError,))
+    executor = bench.executor()
+    works = [bench.work(boom, settle=Delivery(moves=False)) for _ in range(3)]
+    works.append(bench.work(lambda: pytest.fail("ran"), redelivered=True))
+    assert hows(map(executor.handle, works)) == ["held"] * 3 + ["dead"]
+    said = [work.settle.answer[1:] for work in works]  # type: ignore[attr-defined]
+    assert said[0][0] is Reason.PERMANENT
+    assert said[0][2] == 1
+    assert said == [said[0]] * 4
+    assert executor._unmoved == {}
 
 
 @pytest.mark.parametrize("error", [Permanent("closed"), ValueError("the last attempt")])
