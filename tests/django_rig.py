@@ -6,7 +6,6 @@ project's manage.py: `python django_rig.py relay --once`, with DJANGO_RIG naming
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import json
@@ -35,7 +34,7 @@ ALIASES = ("default", "postgresql", "mariadb")
 #: What is handed on to processes of our own: where the files are, the names' prefix, the settings of the library.
 GIVEN: dict[str, Any] = json.loads(os.environ.get("DJANGO_RIG", "{}"))
 PREFIX: str = GIVEN.get("prefix") or f"dj{uuid.uuid4().hex[:10]}_"
-FOLDER = Path(GIVEN.get("folder") or tempfile.mkdtemp(prefix="idempotent-bus-django-"))
+FOLDER = Path(GIVEN.get("folder") or f"{tempfile.gettempdir()}/idempotent-bus-django-{PREFIX}")
 SPACE = PREFIX.rstrip("_")
 
 # Django wants mysqlclient, which has to be compiled; PyMySQL says that it is one.
@@ -176,7 +175,9 @@ def make(alias: str) -> None:
     """Make the tables of one database, by the migrations; once in this process."""
     from django.core.management import call_command
 
-    if alias == "postgresql":
+    if alias == "default":
+        FOLDER.mkdir(mode=0o700)  # not before: each process of pytest imports this
+    elif alias == "postgresql":
         _on_server(servers.postgresql(), f"CREATE SCHEMA {SPACE}")
     elif alias == "mariadb":
         _on_server(servers.mariadb(), f"CREATE DATABASE {SPACE}")
@@ -201,11 +202,7 @@ def drop() -> None:
             _on_server(servers.MARIADB, f"DROP DATABASE {SPACE}")
     _made.clear()
     make.cache_clear()
-    (FOLDER / "project.db").unlink(missing_ok=True)
-
-
-if not GIVEN:
-    atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
+    shutil.rmtree(FOLDER, ignore_errors=True)
 
 
 def _on_server(url: str, statement: str) -> None:
