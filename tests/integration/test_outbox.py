@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import sqlite3
 import subprocess
 import sys
@@ -284,6 +285,52 @@ def test_in_memory_the_table_is_made_before_any_transaction() -> None:
         outbox.add(connection, {}, **ADD)
         connection.rollback()
         assert connection.exec_driver_sql("SELECT count(*) FROM idempotent_bus_outbox").scalar() == 0
+
+
+BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "an object": ({"n": 1, "name": "Zoë \U0001f600", "at": datetime.datetime(2026, 1, 2), "by": uuid.UUID(int=7)}, {}),
+    "a list": ([1, None, True, 1.5], {"serializer": "json"}),
+    "a number": (7, {}),
+    "null": (None, {}),
+    "a text": ("plain", {}),
+    "bytes": (b"\x00\xff", {}),
+    "yaml": ({"n": 1}, {"serializer": "yaml"}),
+    "to an exchange": ({"n": 1}, {"exchange": Exchange("paid", "topic", durable=False, arguments={"x": 1})}),
+    "to the default exchange": ({"n": 1}, {"exchange": Exchange("")}),
+    "without a way": ({"n": 1}, {"exchange": None, "routing_key": None}),
+}
+
+
+@within(*DATABASES)
+@pytest.mark.parametrize("what", BODIES)
+def test_the_short_way_writes_what_the_long_one_does(place: Place, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """I3: however a message is added, its row is the same but for its number, its id and its time."""
+    body, options = BODIES[what]
+    taken = []
+    short = Outbox._add_plain
+    monkeypatch.setattr(Outbox, "_add_plain", lambda *given: taken.append(short(*given)) or taken[-1])
+    with place.engine.begin() as connection:
+        place.outbox.add(connection, body, **{**ADD, **options})
+        monkeypatch.setattr(Outbox, "_add_plain", lambda *_: None)
+        place.outbox.add(connection, body, **{**ADD, **options})
+    assert [made is None for made in taken] == [what in ("a text", "bytes", "yaml")]
+    one, other = (row._mapping for row in place.rows())
+    differs = {"id", "inner_msg_id", "made_at", "due_at"}
+    assert {name: one[name] for name in one if name not in differs} == {
+        name: other[name] for name in other if name not in differs
+    }
+    assert one["made_at"] <= one["due_at"] <= other["made_at"] <= other["due_at"]
+
+
+@within(*DATABASES)
+def test_a_fresh_id_that_is_there_is_an_error_and_no_silence(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I1: two messages under one fresh id cannot be; if they were, the second would not vanish without a word."""
+    with place.engine.begin() as connection:
+        there = place.outbox.add(connection, {"n": 1}, **ADD)
+    monkeypatch.setattr("idempotent_bus.outbox.new_inner_msg_id", lambda: str(there))
+    with place.engine.connect() as connection, pytest.raises(sa.exc.IntegrityError):
+        place.outbox.add(connection, {"n": 2}, **ADD)
+    assert len(place.rows()) == 1
 
 
 @within(*DATABASES)
