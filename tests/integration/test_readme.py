@@ -44,7 +44,7 @@ def test_the_two_commands_are_one_line_each() -> None:
 
 
 def test_the_example_runs() -> None:
-    """examples/membership_card/one_file.py shows what it says: three cards for three payments that were sent three times."""
+    """The example in one file shows what it says: three cards for three payments that were sent three times."""
     example = README.parent / "examples" / "membership_card" / "one_file.py"
     run = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 0, run.stderr
