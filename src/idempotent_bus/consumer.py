@@ -119,6 +119,7 @@ class IdempotentConsumer:
         self._looped_at: float | None = None
         self._pool: Pool | None = None
         # Not an Event: its lock is not safe in a signal handler that interrupts the thread which holds it.
+        self._said_retention = False
         self._stopping = False
         self._reset()
 
@@ -292,10 +293,19 @@ class IdempotentConsumer:
     def _check_retention(self, channel: Any) -> None:
         """Raise ConfigurationError where a record would be forgotten before the broker brings its message back (I11).
 
-        RabbitMQ and most others have no time that could be asked for: there nothing is said.
+        RabbitMQ and most others have no time that could be asked for: there it is said what is relied on, once.
         """
         timeout = getattr(channel, "visibility_timeout", getattr(channel, "_visibility_timeout", None))
         if not isinstance(timeout, (int, float)):
+            if not self._said_retention:
+                self._said_retention = True
+                for handler in self._handlers.values():
+                    log.info(
+                        "scope %s: how long this broker may keep a message cannot be known here; one that comes more "
+                        "than %.1f days after its publish (retention) goes to the dead letter, if it tells its time",
+                        handler.scope,
+                        handler.executor.policy.retention / 86_400,
+                    )
             return
         for handler in self._handlers.values():
             retention = handler.executor.policy.retention

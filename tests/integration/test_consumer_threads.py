@@ -439,6 +439,20 @@ def test_a_retention_below_the_visibility_timeout_is_refused(broker: Broker) -> 
     assert IdempotentConsumer(broker.connect(), {queue: enough}).run(idle_timeout=0.1) == 0
 
 
+@on("memory", "rabbitmq-classic")
+def test_where_the_time_cannot_be_known_it_is_said_what_is_relied_on(
+    broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """I11: the broker tells no time after which a message comes no more: one sentence, at the first start."""
+    queue = broker.queue()
+    handle = idempotent_consumer(MemoryStore(), scope=broker.unique, retention=86_400, **QUICK)(lambda b, m: None)
+    consumer = IdempotentConsumer(broker.connect(), {queue: handle})
+    with caplog.at_level("INFO", logger="idempotent_bus.consumer"):
+        for _ in range(2):
+            consumer.run(idle_timeout=0.1)
+    assert caplog.text.count(f"scope {broker.unique}: how long this broker may keep a message cannot be known") == 1
+
+
 @pytest.mark.parametrize(
     "options",
     [{"threads": -1}, {"threads": 1.5}, {"threads": True}, {"stop_timeout": -1}, {"stop_timeout": float("nan")}],
