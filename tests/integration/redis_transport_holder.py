@@ -23,6 +23,8 @@ def die(*_: Any, **__: Any) -> None:
 
 def main() -> None:
     url, queues, prefetch, ack, visibility, where = sys.argv[1:]
+    # Whoever started the tests in the background may have had it ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     register()
     if where == "fetched":  # the reply with the message is here, nothing else has happened
         from kombu.transport.redis import QoS

@@ -63,8 +63,8 @@ _PLACES = {
 def plan_death(mode: str, messages: int, rng: random.Random) -> Death:
     """A death at a random step, within the next `messages` messages."""
     step, after = rng.choice(_PLACES[mode])
-    if step == CLAIM and mode == "store":
-        messages //= 10  # one claim takes a window of messages
+    if step in (CLAIM, COMMIT):
+        messages //= 10  # one claim takes a window of messages, and so does the inbox's commit
     return Death(step, after, rng.randint(1, max(1, messages)))
 
 
