@@ -111,7 +111,7 @@ MUTANTS = [
     ),
     Mutant(
         "a_failure_is_tried_again", "not released", "it runs again, and completes",
-        Executor, "fail", (("self._claims.release(execution.hold, attempt, abandoned=doubtful)", "pass"),),
+        Executor, "fail", (("self._claims.release(execution.hold, attempt, abandoned=doubtful)", "None"),),
     ),
     Mutant(
         "a_failure_is_tried_again", "no backoff", "not before its backoff",
