@@ -147,8 +147,8 @@ class Relay:
         self._connection: sa.Connection | None = None
         self._rows: Rows | None = None
         self._claimer: Claimer | None = None
-        #: Confirmed, but not known to be deleted: the answer was lost, and deleting can be repeated.
-        self._unmarked: set[int] = set()
+        #: Confirmed, but not known to be deleted: the answer was lost, and deleting can be repeated. Ids by number.
+        self._unmarked: dict[int, str] = {}
         #: Claimed and not sent, when the database failed: their owner, and their numbers.
         self._owed: tuple[bytes, set[int]] = (b"", set())
         #: Rows without an answer, and how often: it counts against them once the broker has taken others.
@@ -228,7 +228,7 @@ class Relay:
             try:
                 return self._send(batch, left, until=began + self._lease * _USABLE)
             except sa.exc.SQLAlchemyError:
-                self._owed = (batch.owner, set(left) - self._unmarked)
+                self._owed = (batch.owner, set(left) - set(self._unmarked))
                 raise
 
     def close(self) -> None:
@@ -283,13 +283,13 @@ class Relay:
     def _claim(self, limit: int) -> Batch:
         with self._transaction() as connection:
             if self._unmarked:
-                self._table.sent(connection, self._unmarked)
+                self._table.sent_before(connection, self._unmarked)
             owner, ids = self._owed
             if ids:
                 self._table.release(connection, ids, owner)
             assert self._claimer is not None
             batch = self._claimer.claim(connection, limit, self._lease)
-        self._unmarked = set()
+        self._unmarked = {}
         self._owed = (b"", set())
         return batch
 
@@ -340,11 +340,11 @@ class Relay:
             self._broker_failures = 0
         elif away:
             self._broker_failures += 1
-        self._unmarked = {row.id for row in outcome.sent}
+        self._unmarked = {row.id: row.inner_msg_id for row in outcome.sent}
         self._step(MARK, self._mark, batch.owner, outcome)
         for row in (*outcome.sent, *(row for row, _ in (*outcome.refused, *outcome.unknown))):
             left.pop(row.id, None)
-        self._unmarked = set()
+        self._unmarked = {}
         if outcome.sent:
             self._suspects = {}
         for row, _ in outcome.unknown:

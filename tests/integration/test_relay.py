@@ -96,6 +96,33 @@ def test_two_relays_share_the_work(place: Place, broker: Broker) -> None:
     assert sorted(landed(broker, queue, 300)) == list(range(300))
 
 
+@within(*DATABASES)
+@on("ours-sqlite")
+def test_a_number_that_a_failover_gave_to_another_message_deletes_nothing(place: Place, broker: Broker) -> None:
+    """I1: the mark is lost with its server, and the next one, which never had that row, has given its number to another
+    message: what is deleted later is the message that was confirmed, and the other one is sent."""
+    queue = broker.queue()
+    with place.engine.begin() as connection:
+        place.pay(connection, 1, routing_key=queue.name)
+    failed = []
+
+    def step(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if name == hooks.MARK and not failed:
+            failed.append(name)
+            number = place.rows()[0].id
+            with place.engine.begin() as connection:
+                connection.execute(sa.delete(place.table))
+                place.pay(connection, 2, routing_key=queue.name)
+            place.change(id=number)
+            raise sa.exc.OperationalError("mark", None, Exception("the server is gone"))
+        return function(*args, **kwargs)
+
+    with place.relay(broker, declare=[queue], step=step) as relay:
+        assert relay.run(idle_timeout=0).sent == 1
+    assert landed(broker, queue, 2) == [1, 2]
+    assert place.rows() == []
+
+
 @within("postgresql", "mariadb")  # SQLite has one writer at a time
 @on("ours-sqlite")
 def test_a_row_that_commits_late_is_sent(place: Place, broker: Broker) -> None:

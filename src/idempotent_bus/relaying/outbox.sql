@@ -81,6 +81,10 @@ FROM {outbox} WHERE id IN :ids AND owner = :owner ORDER BY id;
 -- Whoever holds it by now: it was confirmed.
 DELETE FROM {outbox} WHERE id IN :ids;
 
+-- name: sent_before
+-- The same on another connection than the claim's. After a failover that lost rows a number may be a new message's.
+DELETE FROM {outbox} WHERE id = :id AND inner_msg_id = :message;
+
 -- name: release
 -- Not sent: it is due as it was.
 UPDATE {outbox} SET owner = NULL, lease_ends = 0 WHERE id IN :ids AND owner = :owner;

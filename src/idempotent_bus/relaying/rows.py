@@ -5,7 +5,7 @@ Every method runs in the transaction that the caller has opened, and may be repe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -139,6 +139,11 @@ class Rows:
         """These were confirmed: they go."""
         connection.execute(self._texts["sent"], {"ids": sorted(ids)})
 
+    def sent_before(self, connection: sa.Connection, sent: Mapping[int, str]) -> None:
+        """These, by number with their inner-msg-ids, were confirmed before the connection was lost: they go."""
+        asked = [{"id": row, "message": _bytes(message)} for row, message in sorted(sent.items())]
+        connection.execute(self._texts["sent_before"], asked)
+
     def release(self, connection: sa.Connection, ids: Iterable[int], owner: bytes) -> None:
         """These were not sent: give them back."""
         connection.execute(self._texts["release"], {"ids": sorted(ids), "owner": owner})
@@ -193,7 +198,7 @@ def _bound(text: str) -> sa.TextClause:
     typed: list[sa.BindParameter[Any]] = []
     if ":ids" in text:
         typed.append(sa.bindparam("ids", expanding=True, type_=sa.BigInteger))
-    typed += [sa.bindparam(name, type_=Digest(16)) for name in ("owner", "cursor") if f":{name}" in text]
+    typed += [sa.bindparam(name, type_=Digest(16)) for name in ("owner", "cursor", "message") if f":{name}" in text]
     return made.bindparams(*typed)
 
 
