@@ -119,6 +119,9 @@ def _inbox(tables: sa.MetaData, prefix: str) -> None:
         sa.Column("result", Blob),
         sa.Index(f"{name}_purge", "kept_until"),
         sqlite_with_rowid=False,
+        # Whatever the server's default is: without transactions a record would outlive its effect's rollback.
+        mysql_engine="InnoDB",
+        mariadb_engine="InnoDB",
     )
 
 

@@ -125,6 +125,17 @@ def test_a_failing_handler_takes_nobody_along(bench: WindowBench) -> None:
     assert made.handle(bench.one("w0", redelivered=True)).how is Ended.COMPLETED
 
 
+def test_a_handler_that_fails_as_the_last_one_takes_nobody_along(bench: WindowBench) -> None:
+    """One commit for the others: they are not run again singly, whichever place the one that raises has."""
+    made = bench.transactions()
+    works = [bench.one(f"w{number}", raises if number == 11 else None) for number in range(12)]
+    assert hows(made.handle_window(works)) == [Ended.COMPLETED] * 11 + [Ended.FAILED]
+    assert bench.commits == 1
+    assert len(bench.all_cards()) == 11
+    assert hows(made.handle_window([bench.one("x"), bench.one("y")])) == [Ended.COMPLETED] * 2
+    assert bench.commits == 2
+
+
 def test_a_savepoint_that_a_handler_left_open_is_kept_or_undone_with_it(bench: WindowBench) -> None:
     """begin_nested() without an end: what succeeded is kept, what raised is undone, and the next one is not touched."""
 

@@ -87,6 +87,7 @@ class Quick(Point):
         super().__init__(opened, records)
         self._pending: tuple[str, ...] = ()
         self._prepared = ""
+        self._undone = False
 
     def begin(self, key: bytes) -> None:
         first = () if self._prepared else self._prepare()
@@ -120,12 +121,21 @@ class Quick(Point):
             nested.rollback()
         self._opened.run_together(f"ROLLBACK TO SAVEPOINT {_NAME}", f"RELEASE SAVEPOINT {_NAME}")
         self._pending = ()
+        self._undone = True
 
     @property
     def last_words(self) -> tuple[str, ...]:
         # psycopg's block, in which it refuses to commit, has ended by then, and our savepoint with it.
         marks = tuple(text for text in self._pending if not text.startswith("RELEASE"))
-        return (*marks, f"DEALLOCATE {self._prepared}") if self._prepared else marks
+        return (*marks, f"DEALLOCATE {self._prepared}") if self._is_prepared() else marks
+
+    def _is_prepared(self) -> bool:
+        if not self._prepared or not self._undone:
+            return bool(self._prepared)
+        # To deallocate what psycopg has forgotten would be an error, and take the whole window along.
+        text = f"SELECT count(*) FROM pg_prepared_statements WHERE name = '{self._prepared}'"  # noqa: S608 - ours
+        with translated(self._opened.connection):
+            return bool(self._opened.link.run(text, {})[0][0][0])
 
     def _prepare(self) -> tuple[str, ...]:
         self._prepared = f"idempotent_bus_begin_{next(_numbers)}"

@@ -40,7 +40,7 @@ from ..results import MAX_RESULT_BYTES, decode_result, encode_result, last_line
 from ..work import Ended, Ending, Settlement, Work
 from .base import Inbox
 from .records import Seen, is_lock_timeout, is_meeting
-from .transaction import HandlerEndedIt, Opened, translated
+from .transaction import HandlerEndedIt, HookRaised, Opened, translated
 from .window import Window
 
 __all__ = ["Transactions"]
@@ -223,6 +223,12 @@ class Transactions:
                 self.step(COMMIT, opened.commit, results)
             except HandlerEndedIt as error:
                 raise self._ended(work, opened, error, attempt) from error
+            except HookRaised as raised:
+                cause = raised.__cause__
+                assert isinstance(cause, Exception)
+                if not opened.was_committed(work.key):
+                    raise _HandlerRaised(cause, attempt) from raised
+                log.error("a listener raised after the commit in scope %s: all is there", work.scope, exc_info=cause)
             except sa.exc.OperationalError as error:
                 if is_lock_timeout(error) and not is_meeting(error):
                     raise  # SQLite: readers are in the way, nothing was committed

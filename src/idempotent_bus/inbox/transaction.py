@@ -15,7 +15,7 @@ from .records import Records
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
-__all__ = ["HandlerEndedIt", "Opened", "opened"]
+__all__ = ["HandlerEndedIt", "HookRaised", "Opened", "opened"]
 
 # As libpq numbers the states of a transaction.
 _IDLE: Final = 0
@@ -37,6 +37,13 @@ class HandlerEndedIt(Permanent):
     def __init__(self, *, surely: bool = True) -> None:
         super().__init__("the handler committed or rolled back the transaction, which is the library's to end")
         self.surely = surely
+
+
+class HookRaised(Exception):
+    """A listener of the user's raised around a commit (`before_commit`, `after_commit`); `__cause__` says what.
+
+    Whether the transaction was committed, `Opened.was_committed` tells.
+    """
 
 
 class Opened:
@@ -69,7 +76,11 @@ class Opened:
             if earlier > _SQLITE_WAIT:
                 self._earlier_wait = earlier
                 driver.execute(f"PRAGMA busy_timeout={_SQLITE_WAIT}")
-        self.transaction = connection.begin()
+        try:
+            self.transaction = connection.begin()
+        except BaseException:
+            self._wait_as_before()  # the connection goes back to a pool that is the user's
+            raise
         self.session: Session | None = None
         self._records = records
         self._number = ""
@@ -160,8 +171,9 @@ class Opened:
     def commit(self, results: Mapping[bytes, bytes], then: Sequence[str] = ()) -> None:
         """Store the results, check that this is still the transaction in which the records were inserted, commit.
 
-        Raises HandlerEndedIt, and what SQLAlchemy raises; then nothing was committed, unless the connection broke. With
-        psycopg 3 all of it is one round trip. then: statements to send before the COMMIT, if it `is_quick`.
+        Raises HandlerEndedIt, and what SQLAlchemy raises; then nothing was committed, unless the connection broke; and
+        HookRaised. With psycopg 3 all of it is one round trip. then: statements to send before the COMMIT, if it
+        `is_quick`.
         """
         self._check_ours()
         records = self._records
@@ -178,10 +190,15 @@ class Opened:
             if self.session is None:
                 texts.append("COMMIT")  # SQLAlchemy's own then finds nothing to do, and only tells its listeners
             self._ask("; ".join(texts))
-        if self.session is not None:
-            self.session.commit()
-        if self.transaction.is_active:
-            self.transaction.commit()
+        try:
+            if self.session is not None:
+                self.session.commit()
+            if self.transaction.is_active:
+                self.transaction.commit()
+        except sa.exc.DBAPIError:
+            raise
+        except Exception as error:
+            raise HookRaised from error
         self._committed = True
 
     def commit_plainly(self) -> None:

@@ -26,7 +26,7 @@ from ..results import encode_result
 from ..work import Work
 from .points import Point, Quick, guarded, point_for
 from .records import Taken, is_lock_timeout, is_meeting
-from .transaction import HandlerEndedIt, Opened, translated
+from .transaction import HandlerEndedIt, HookRaised, Opened, translated
 
 if TYPE_CHECKING:
     from .running import Answer, Transactions
@@ -92,6 +92,8 @@ class Window:
         except HandlerEndedIt:
             self.meddler = self._running
             why = "a handler ended its transaction"
+        except HookRaised:  # if it was committed all the same, each finds its record
+            why = "a listener raised around the commit"
         except sa.exc.SQLAlchemyError as error:
             why = type(error).__name__
         log.info("a window of %d messages was rolled back and is handled singly: %s", len(places), why)
@@ -229,8 +231,12 @@ class Window:
             return _Outcome(attempt, error=error, seconds=time.monotonic() - began)
         try:
             point.keep()
+        except HandlerEndedIt:
+            raise
         except sa.exc.DBAPIError as error:
             raise self._ended_or(error) from error
+        except Exception as error:
+            raise HookRaised from error  # a Session tells its listeners of savepoints too
         result = encode_result(value, work.scope, owner.max_result)
         return _Outcome(attempt, value=value, result=result, seconds=time.monotonic() - began)
 
