@@ -704,6 +704,7 @@ def test_sqlite_under_contention_handles_all(unique: str, tmp_path: Path) -> Non
             with bench.engine.begin() as connection:
                 connection.execute(sa.text(f"UPDATE {bench.unique}_cards SET card = card"))
                 time.sleep(0.02)
+            time.sleep(0.005)  # SQLite's lock has no queue: a writer without any pause can starve others for long
 
     writer = threading.Thread(target=write)
     writer.start()

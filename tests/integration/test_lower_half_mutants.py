@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,17 @@ def test_each_row_fails_without_its_protection(
 ) -> None:
     """The control of every row: with one protection taken out, that very row fails, and says what is untrue."""
     mutant.apply(monkeypatch)
-    with pytest.raises(AssertionError, match=mutant.says):
-        run(mutant.row, unique, tmp_path, monkeypatch)
+    for attempt in range(3):
+        # On a machine that is busy a row may miss the moment that it is about (a window that is still of one message).
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        try:
+            run(mutant.row, f"{unique}{attempt}", folder, monkeypatch)
+        except AssertionError as error:
+            if not re.search(mutant.says, str(error)):
+                raise
+            return
+    pytest.fail("the mutant survives")
 
 
 @pytest.mark.parametrize("row", ROWS)
