@@ -600,7 +600,6 @@ def a_reservation_is_given_back(rig: Rig) -> None:
         rig.patch.setattr(first.consumer, "_reset", lambda: (real(), setattr(first.consumer, "_seconds_each", 1e-4)))
         rig.until(lambda: not first.thread.is_alive(), "it stops")
         started = {run.id for run in first.runs}
-        reserved = sum(len(heard.said) for heard in first.tape.of("claim done") if isinstance(heard.said, list))
         assert 0 < len(started) < 20, f"some never started: {len(started)}"
     slow.clear()
     with rig.worker(prefetch=30, max_attempts=1) as second:
@@ -610,7 +609,6 @@ def a_reservation_is_given_back(rig: Rig) -> None:
         assert not second.ended(Ended.BUSY), "what never started blocks nobody"
     assert {run.id for run in second.runs} | started == set(ids), "all are handled"
     assert rig.broker.is_empty(rig.broker.dead), "a reservation costs no attempt"
-    assert reserved >= 0
     rig.nothing_is_left()
 
 
