@@ -161,7 +161,7 @@ class Claims:
                 nonce, reserve = self._doubtful.pop(work.key, (None, reserve))
         return ClaimRequest(
             work.key,
-            nonce or os.urandom(NONCE_BYTES),
+            nonce or work.nonce or os.urandom(NONCE_BYTES),
             self._policy.lease,
             self._policy.retention,
             work.fingerprint,

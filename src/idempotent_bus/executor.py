@@ -38,7 +38,7 @@ from .model import Busy, Claimed, Completed, Conflict, Hold, Quarantined, Reason
 from .policy import Policy
 from .results import MAX_RESULT_BYTES, decode_result, encode_result, last_line
 from .store import QuarantineStore, Store
-from .work import Ended, Ending, Settlement, Work
+from .work import Ended, Ending, Passing, Settlement, Work
 
 __all__ = ["Executor"]
 
@@ -53,6 +53,7 @@ class Executor:
 
     store: gives the store, opened at its first call. manual: returning is not success, see `LeasedExecution.complete`.
     notify: told of every event. max_result: bytes of a result's JSON that are stored at most.
+    passing: says of what a handler raised whether somebody else answers for it, and how its claim ends then.
     clock, wall, sleep, draw, step: for tests; monotonic seconds, seconds since the epoch, time.sleep, random numbers in
     [0, 1), the named hooks.
     """
@@ -66,6 +67,7 @@ class Executor:
         manual: bool = False,
         notify: Notify | None = None,
         max_result: int = MAX_RESULT_BYTES,
+        passing: Callable[[BaseException], Passing] | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
@@ -81,6 +83,7 @@ class Executor:
         self._manual = manual
         self._notify = notify
         self._max_result = max_result
+        self._passing = passing
         self._clock = clock
         self._sleep = sleep
         self._draw = draw
@@ -324,6 +327,10 @@ class Executor:
         work, attempt = execution.work, execution.attempt
         self._keeper.remove(execution)
         execution.ending = Ending(Ended.FAILED)  # from here on a late `complete` changes nothing
+        passing = None if self._passing is None else self._passing(error)
+        if passing is not None:
+            execution.ending = self._pass(execution, error, passing)
+            return execution.ending
         most = self.policy.attempts_for(error)
         log.warning(
             "handler in scope %s raised %s at attempt %d of %d",
@@ -345,6 +352,16 @@ class Executor:
             self._tell(EventKind.RELEASED, work, execution, type(error).__name__)
         execution.ending = self._wait(work, Ended.FAILED, self._failing.delay(error, attempt))
         return execution.ending
+
+    def _pass(self, execution: LeasedExecution, error: BaseException, how: Passing) -> Ending:
+        """End the claim of what somebody else answers for. Only attempts whose worker died stay counted."""
+        abandoned = how == "abandoned"
+        attempts = execution.attempt if abandoned else execution.attempt - 1
+        if self._claims.release(execution.hold, attempts, abandoned=abandoned) is False:
+            execution.on_lease_lost(taken=True)
+        else:
+            self._tell(EventKind.RELEASED, execution.work, execution, type(error).__name__)
+        return Ending(Ended.PASSED, error)
 
     def _give_up(self, work: Work, execution: LeasedExecution, error: BaseException, reason: Reason) -> Ending:
         """Dead-letter what failed, if it is still ours: another one may be running it, or have done it."""

@@ -41,7 +41,7 @@ from .signing import Trust
 from .stores import StoreSource, store_source
 from .work import Ended, Ending, Settlement, Work
 
-__all__ = ["IdempotentHandler", "WorkExecutor", "idempotent_consumer"]
+__all__ = ["IdempotentHandler", "WorkExecutor", "check_plain", "idempotent_consumer"]
 
 # With defaults, so that a plain `IdempotentHandler` can be written where the handler's own types do not matter.
 P = ParamSpec("P", default=...)
@@ -98,7 +98,7 @@ class IdempotentHandler(Generic[P, R]):
         if dead_letter is not None and not (isinstance(dead_letter, str) and dead_letter):
             raise ConfigurationError("dead_letter must be the name of a queue")
         self._admission = Admission(scope, biz_id, fingerprint, tenant, trust, max_body)
-        _check_plain(handler)
+        check_plain(handler)
         functools.update_wrapper(self, handler)
         self.scope = scope
         self.dead_letter = dead_letter if dead_letter is not None else f"{scope}.dead"
@@ -267,7 +267,7 @@ def _is_open(channel: Any) -> bool:
     return channel.connection is not None and not getattr(channel, "closed", False)
 
 
-def _check_plain(handler: Any) -> None:
+def check_plain(handler: Any) -> None:
     """Raise ConfigurationError for what does nothing, or not yet, when it is called."""
     plain = getattr(handler, "__func__", handler)  # of a method, a classmethod, a staticmethod
     while isinstance(plain, functools.partial):

@@ -32,6 +32,7 @@ __all__ = [
     "forbid_acks",
     "headers_of",
     "is_amqp",
+    "is_of_the_broker",
     "origin_queue",
     "properties_of",
     "redrives",
@@ -111,15 +112,16 @@ def _compressed(message: Message, named: Any) -> tuple[Any, str | None]:
 
 def headers_of(message: Message, content: Content) -> dict[str, Any]:
     """The headers to send on: the sender's and ours, without those that the broker added on its way."""
-    headers = {
-        name: value
-        for name, value in message.headers.items()
-        # py-amqp leaves a name that is no UTF-8 as bytes.
-        if name not in _BROKER_HEADERS and not (isinstance(name, str) and name.startswith(_BROKER_PREFIXES))
-    }
+    headers = {name: value for name, value in message.headers.items() if not is_of_the_broker(name)}
     if content.compression is None:
         headers.pop(_COMPRESSION, None)
     return headers
+
+
+def is_of_the_broker(header: Any) -> bool:
+    """True for a header that the broker added to a message on its way."""
+    # py-amqp leaves a name that is no UTF-8 as bytes.
+    return header in _BROKER_HEADERS or (isinstance(header, str) and header.startswith(_BROKER_PREFIXES))
 
 
 def properties_of(message: Message) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from .model import Reason
 
-__all__ = ["Ended", "Ending", "Settlement", "Work"]
+__all__ = ["Ended", "Ending", "Passing", "Settlement", "Work"]
 
 
 class Settlement(Protocol):
@@ -39,6 +39,7 @@ class Work:
     what comes back after `Settlement.wait`, even as a new message: a first delivery may run on a reservation, which
     counts no attempt if its worker dies, so a message that looked like one each time could kill workers for ever.
     published_at: when it was published or last moved out of the dead letter, seconds since the epoch; None if unknown.
+    nonce: what it is claimed with; None: a fresh one. Whoever chose it can end the claim for a process that died.
     """
 
     scope: str
@@ -51,6 +52,12 @@ class Work:
     redelivered: bool = False
     redrive: int = 0
     published_at: float | None = None
+    nonce: bytes | None = None
+
+
+#: How a claim ends whose handler raised what somebody else answers for: given back without counting the attempt, or
+#: abandoned, since nobody knows whether the effect is there. None: the library answers for it.
+Passing = Literal["released", "abandoned"] | None
 
 
 class Ended(str, Enum):
@@ -66,6 +73,8 @@ class Ended(str, Enum):
     """It belongs into the dead letter, which could not be written: not acked, and looked at again."""
     IN_DOUBT = "in doubt"
     LEASE_LOST = "lease lost"
+    PASSED = "passed"
+    """The handler raised what somebody else answers for, `value`: the claim is ended, and nothing was settled."""
     OPEN = "open"
     """manual=True, and the handler returned before the business had succeeded."""
 

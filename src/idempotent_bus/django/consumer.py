@@ -43,6 +43,9 @@ class DjangoInbox(Inbox):
     using: its alias. Its table is made by the migrations. Safe for threads.
     """
 
+    #: What runs work in it.
+    transactions: type[Transactions]
+
     def __init__(self, using: str, table_prefix: str) -> None:
         super().__init__(None, table_prefix=table_prefix, create=False)
         self.using = using
@@ -89,6 +92,9 @@ class _Transactions(Transactions):
     def call(self, work: Work, opened: Opened, attempt: int) -> Any:
         run = functools.partial(_run, work.run)
         return super().call(dataclasses.replace(work, run=run), opened, attempt)
+
+
+DjangoInbox.transactions = _Transactions
 
 
 def _run(run: Callable[[], Any], handed: Handed) -> Any:
@@ -185,7 +191,7 @@ def transactional_consumer(
         backoffs=backoffs or {},
     )
     inbox = DjangoInbox(alias, settings.table_prefix)
-    executor = _Transactions(inbox, policy, notify=notifier(listener), max_result=max_result, step=step)
+    executor = inbox.transactions(inbox, policy, notify=notifier(listener), max_result=max_result, step=step)
 
     def decorate(handler: Callable[[Any, Message], HandlerR]) -> IdempotentHandler[[Any, Message], HandlerR]:
         return IdempotentHandler(

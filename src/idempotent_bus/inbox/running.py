@@ -37,7 +37,7 @@ from ..hooks import ACK, CLAIM, COMMIT, DEAD_LETTER, HANDLER, RELEASE, WAIT, Ste
 from ..model import Reason
 from ..policy import Policy
 from ..results import MAX_RESULT_BYTES, decode_result, encode_result, last_line
-from ..work import Ended, Ending, Settlement, Work
+from ..work import Ended, Ending, Passing, Settlement, Work
 from .base import Inbox
 from .records import Seen, is_lock_timeout, is_meeting
 from .transaction import HandlerEndedIt, HookRaised, Opened, translated
@@ -89,8 +89,9 @@ class Transactions:
     The database decides first, and only then the broker is answered: an error of the one is never taken for an error
     of the other, also where both are SQL databases.
 
-    notify: told of every event. max_result: bytes of a result's JSON that are stored at most. wall, sleep, draw, step:
-    for tests; seconds since the epoch, time.sleep, random numbers in [0, 1), the named hooks.
+    notify: told of every event. max_result: bytes of a result's JSON that are stored at most. passing: says of what a
+    handler raised whether somebody else answers for it; it is rolled back then, and counted nowhere. wall, sleep, draw,
+    step: for tests; seconds since the epoch, time.sleep, random numbers in [0, 1), the named hooks.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Transactions:
         *,
         notify: Notify | None = None,
         max_result: int = MAX_RESULT_BYTES,
+        passing: Callable[[BaseException], Passing] | None = None,
         wall: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
         draw: Callable[[], float] = random.random,
@@ -109,6 +111,7 @@ class Transactions:
         self.inbox = inbox
         self._notify = notify
         self.max_result = max_result
+        self._passing = passing
         self._wall = wall
         self._sleep = sleep
         self._draw = draw
@@ -318,6 +321,9 @@ class Transactions:
         return Answer(Ended.IN_DOUBT, again=self._failing.spread(Ended.IN_DOUBT, self._silence.pause()))
 
     def _failed(self, work: Work, error: Exception, counted: int, attempt: int) -> Answer:
+        if self._passing is not None and self._passing(error) is not None:
+            self.tell(EventKind.RELEASED, work, attempt, reason=type(error).__name__)
+            return Answer(Ended.PASSED, error)
         known = counted or self._count(RELEASE, work)
         if known == 0 and not isinstance(error, HandlerEndedIt):
             # Another copy has completed it since: this one will be its replay.
@@ -367,6 +373,8 @@ class Transactions:
         how = answer.how
         if how is Ended.COMPLETED or how is Ended.REPLAYED:
             self.step(ACK, work.settle.ack)
+            return Ending(how, answer.value)
+        if how is Ended.PASSED:
             return Ending(how, answer.value)
         if answer.reason is None:
             self.step(WAIT, work.settle.wait, answer.again)
