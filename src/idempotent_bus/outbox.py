@@ -18,7 +18,7 @@ from hashlib import blake2b
 from typing import Any, Final
 
 import sqlalchemy as sa
-from kombu import Exchange
+from kombu import Exchange, Queue
 from kombu.utils import json
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.pool import QueuePool
@@ -30,6 +30,7 @@ from .execution import current_execution
 from .headers import INNER_MSG_ID
 from .identity import BizIdSpec, canonical_biz_id, extract_biz_id
 from .msgid import is_inner_msg_id, new_inner_msg_id
+from .relaying.entities import described, described_exchange
 from .relaying.rows import load
 from .relaying.words import RowState
 from .sending.outgoing import Outgoing, prepare, serialised
@@ -45,7 +46,7 @@ _DIALECTS: Final[dict[str, Any]] = {
     "mysql": mysql.dialect,
     "sqlite": sqlite.dialect,
 }
-_NOTHING: Final = (None,) * 8
+_NOTHING: Final = (None,) * 9
 _JSON: Final = (None, "json")
 _ORDER: Final = b"idempotent-bus/o"
 _MOST_DELAY: Final = 366 * 86400.0
@@ -129,6 +130,7 @@ class Outbox:
         compression: str | None = None,
         priority: int | None = None,
         expiration: float | None = None,
+        declare: Queue | None = None,
         **properties: Any,
     ) -> Added:
         """Add one message in the transaction that is open on `connection`; returns its inner-msg-id.
@@ -146,6 +148,7 @@ class Outbox:
         once: inside a guarded handler, a name for this message: its id is derived from the execution and that name,
             so that a handler that is run again adds the very same message again.
         expiration: seconds, from when the broker has it.
+        declare: a queue that the relay declares first, with its exchange and binding.
 
         Other keywords are those of `IdempotentProducer.publish`, message properties among them. Raises
         ConfigurationError (for a connection in autocommit, too), InvalidBizId, InvalidBody or NoExecution before
@@ -162,7 +165,17 @@ class Outbox:
         routing_key = self._routing_key if routing_key is None else routing_key
         serializer = self._serializer if serializer is None else serializer
         # Nearly all messages have none of these; what is left to do for them is done in a tenth of the code.
-        special = (inner_msg_id, once, order_by, content_type, content_encoding, compression, priority, expiration)
+        special = (
+            inner_msg_id,
+            once,
+            order_by,
+            content_type,
+            content_encoding,
+            compression,
+            priority,
+            expiration,
+            declare,
+        )
         if special == _NOTHING and not (headers or properties or delay) and self._signer is None:
             added = self._add_plain(link, body, serializer, exchange, routing_key)
             if added is not None:
@@ -184,7 +197,7 @@ class Outbox:
             properties=properties,
             signer=self._signer,
         )
-        parameters = _row(outgoing, expiration)
+        parameters = _row(outgoing, expiration, declare)
         parameters["delay"] = round(delay * 1_000_000)
         parameters["state"] = int(RowState.FREE if order_key is None else RowState.ORDERED)
         parameters["order_key"] = order_key
@@ -206,7 +219,7 @@ class Outbox:
         options = "{}"
         if isinstance(exchange, Exchange):
             if exchange.name:
-                options = _json({"exchange": _declared(exchange)}, "message properties")
+                options = _json({"exchange": described_exchange(exchange)}, "message properties")
             exchange = exchange.name
         inner_msg_id = new_inner_msg_id()
         parameters = {
@@ -247,7 +260,7 @@ def _identify(inner_msg_id: str | None, once: str | None, properties: dict[str, 
     return inner_msg_id
 
 
-def _row(outgoing: Outgoing, expiration: float | None) -> dict[str, Any]:
+def _row(outgoing: Outgoing, expiration: float | None, queue: Queue | None) -> dict[str, Any]:
     if outgoing.content_type in _PICKLES:
         raise ConfigurationError("the outbox takes no pickles: whoever may write to its table could run code elsewhere")
     body = outgoing.body
@@ -263,7 +276,9 @@ def _row(outgoing: Outgoing, expiration: float | None) -> dict[str, Any]:
     if expiration is not None:
         options["expiration"] = float(expiration)
     if outgoing.declare:
-        options["exchange"] = _declared(outgoing.declare[0])
+        options["exchange"] = described_exchange(outgoing.declare[0])
+    if queue is not None:
+        options["queue"] = described(queue)
     # The id has a column of its own, and the relay's producer puts it back.
     headers = {name: value for name, value in outgoing.headers.items() if name != INNER_MSG_ID}
     return {
@@ -276,12 +291,6 @@ def _row(outgoing: Outgoing, expiration: float | None) -> dict[str, Any]:
         "options": _json(options, "message properties") if options else "{}",
         "body": bytes(body),
     }
-
-
-def _declared(exchange: Exchange) -> dict[str, Any]:
-    """What the relay declares it by."""
-    names = ("type", "durable", "auto_delete", "arguments", "passive", "no_declare")
-    return {name: getattr(exchange, name) for name in names}
 
 
 def _sixteen(inner_msg_id: str) -> bytes:

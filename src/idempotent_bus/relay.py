@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import sqlalchemy as sa
-from kombu import Connection, Exchange
+from kombu import Connection
 from typing_extensions import Self
 
 from . import schema
@@ -27,6 +27,7 @@ from .errors import ConfigurationError
 from .hooks import CONFIRM, MARK, READ, Step, direct
 from .producer import IdempotentProducer, ResendPolicy
 from .relaying.claiming import Batch, Claimer
+from .relaying.entities import Described
 from .relaying.rows import Backlog, DeadRow, OutboxRow, Rows
 from .relaying.sending import Outcome, send
 from .relaying.wakeup import Wakeup
@@ -140,7 +141,7 @@ class Relay:
             retry=ResendPolicy(max_sends=3, patience=lease / 6, cap=min(1.0, lease / 6), base=min(0.1, lease / 6)),
             step=step,
         )
-        self._exchanges: dict[str, Exchange] = {}
+        self._entities = Described()
         self._wakeup = Wakeup(engine, self._tables, clock=clock)
         self._stopping = False
         self._lock = threading.Lock()
@@ -323,9 +324,7 @@ class Relay:
 
     def _publish(self, part: list[OutboxRow]) -> Outcome:
         began = self._clock()
-        outcome: Outcome = self._step(
-            CONFIRM, send, self._producer, part, self._exchanges, window=min(500, self._batch)
-        )
+        outcome: Outcome = self._step(CONFIRM, send, self._producer, part, self._entities, window=min(500, self._batch))
         if outcome.sent:
             self._rate = len(outcome.sent) / max(self._clock() - began, 0.001)
         return outcome

@@ -12,8 +12,9 @@ from kombu.utils import json
 
 from ..model import Reason
 from .outcomes import Refused, ResultNotStored
+from .stamping import Held, holding_back
 
-__all__ = ["Call", "RetriedAndReturned", "Settled", "held_back", "is_running", "restored"]
+__all__ = ["Call", "RetriedAndReturned", "Settled", "held_back", "is_running", "restored", "running_call"]
 
 #: What a result is stored as that cannot be.
 _NOT_STORED: Final = ""
@@ -50,8 +51,8 @@ class Call:
     """One delivery's call of the task's function.
 
     transaction: the parameter that takes the transaction. limit: how long a result's JSON may be that is stored.
-    value, error: what the last run returned, or raised. messages: functions that send what it has sent by retry or
-    replace, which is held back until its claim is given back.
+    value, error: what the last run returned, or raised. messages: what it has sent by retry or replace, which is held
+    back until its claim is given back. handed: the transaction that the last run was given.
     """
 
     run_task: Callable[..., Any]
@@ -62,11 +63,13 @@ class Call:
     limit: int
     value: Any = None
     error: BaseException | None = None
-    messages: list[Callable[[], Any]] = field(default_factory=list)
+    messages: list[Held] = field(default_factory=list)
+    handed: Any = None
 
     def run(self, *handed: Any) -> str | None:
         """Call it; gives its result as it is stored. Called again if a transaction met another one."""
         kwargs = {**self.kwargs, self.transaction: handed[0]} if self.transaction and handed else self.kwargs
+        self.handed = handed[0] if handed else None
         self.messages.clear()
         self.value = self.error = None
         token = _running.set(self)
@@ -106,12 +109,14 @@ def is_running(request: Any) -> bool:
     return call is not None and call.request is request
 
 
+def running_call() -> Call | None:
+    """The call whose function is being run here."""
+    return _running.get()
+
+
 @contextlib.contextmanager
-def held_back(holding: Callable[[list[Callable[[], Any]]], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
-    """Within it task messages of the running call are kept, by `holding`; outside of a call they are sent."""
+def held_back() -> Iterator[None]:
+    """Within it task messages of the running call are kept; outside of a call they are sent."""
     call = _running.get()
-    if call is None:
-        yield
-        return
-    with holding(call.messages):
+    with contextlib.nullcontext() if call is None else holding_back(call.messages):
         yield

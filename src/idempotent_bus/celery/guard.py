@@ -137,7 +137,7 @@ class Guard:
         """What Celery answers for. What the task has sent by retry or replace leaves, now that it is not busy."""
         try:
             for send in call.messages:
-                send()
+                send(None)
         except Exception as failure:
             raise PutOff(f"{self.scope}: its retry could not be sent ({type(failure).__name__})", _AGAIN) from failure
         if isinstance(error, RetriedAndReturned):

@@ -18,6 +18,7 @@ OPTIONS: Final[Mapping[str, Any]] = {
     "biz_id": None,
     "store": None,
     "inbox": None,
+    "outbox": None,
     "fingerprint": True,
     "lease": 60.0,
     "retention": 7 * 86_400.0,

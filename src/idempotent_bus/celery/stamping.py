@@ -26,20 +26,23 @@ from .confirming import ConfirmingPool
 from .ids import frozen, id_of
 from .outcomes import PutOff
 
-__all__ = ["StampingAMQP", "has_succeeded", "holding_back", "install"]
+__all__ = ["Held", "StampingAMQP", "has_succeeded", "holding_back", "install"]
 
 #: Ours, and true of one message only: a retry copies the headers of the message that it repeats.
 _OF_ONE_MESSAGE: Final = "idempotent-bus-"
 #: Seconds after which a task whose follow-up could not be sent is looked at again.
 _AGAIN: Final = 5.0
 
-_held: ContextVar[list[Callable[[], Any]] | None] = ContextVar("idempotent_bus_held", default=None)
+#: A task message that was not sent: a function that sends it, with a producer or, given None, with one of the app's.
+Held = Callable[[Any], Any]
+
+_held: ContextVar[list[Held] | None] = ContextVar("idempotent_bus_held", default=None)
 #: Set on the request of a guarded task that has succeeded: what is published from then on follows from it.
 _DONE: Final = "_idempotent_bus_done"
 
 
 @contextlib.contextmanager
-def holding_back(messages: list[Callable[[], Any]]) -> Iterator[None]:
+def holding_back(messages: list[Held]) -> Iterator[None]:
     """Task messages that are sent here are kept as functions that send them."""
     token = _held.set(messages)
     try:
@@ -72,12 +75,11 @@ class StampingAMQP(AMQP):
 
         @functools.wraps(send)
         def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
+            options, message = _stamped(message, options)
             held = _held.get()
             if held is not None:
-                options, message = _stamped(message, options)
-                held.append(lambda: _send_later(app, send, name, message, options))
+                held.append(functools.partial(_send_later, app, send, name, message, options))
                 return None
-            options, message = _stamped(message, options)
             try:
                 return send(producer, name, message, **options)
             except (OperationalError, PublishError, OSError) as error:
@@ -135,6 +137,8 @@ def _stamped(message: Any, options: dict[str, Any]) -> tuple[dict[str, Any], Any
     return options, message._replace(headers=headers)
 
 
-def _send_later(app: Celery, send: Callable[..., Any], name: str, message: Any, options: dict[str, Any]) -> None:
-    with app.producer_or_acquire(None) as producer:
-        send(producer, name, message, **options)
+def _send_later(
+    app: Celery, send: Callable[..., Any], name: str, message: Any, options: dict[str, Any], producer: Any
+) -> None:
+    with app.producer_or_acquire(producer) as acquired:
+        send(acquired, name, message, **options)

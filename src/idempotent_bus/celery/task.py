@@ -17,7 +17,8 @@ from .call import held_back, is_running
 from .guard import Guard
 from .ids import frozen_replacement, sent_as
 from .settings import option
-from .stamping import holding_back, install
+from .stamping import install
+from .transaction import apply_in_transaction, delay_in_transaction
 
 __all__ = ["IdempotentTask", "guard_of"]
 
@@ -32,6 +33,7 @@ class IdempotentTask(Task):
     biz_id: the name of an argument, a path into one ("order.id"), a function that gets the arguments as a mapping by
         their names, or INNER_MSG_ID. `apply_async` refuses a call without a valid one (InvalidBizId).
     store: as for `idempotent_consumer`; usually given once, to `setup`.
+    outbox: the `Outbox` for `delay_in_transaction`; with Django, none is needed.
     inbox: instead of a store: an `Inbox` in the database of the effect; the task then takes its transaction as a
         parameter named `connection` or `session`, which callers leave out, and effect and record are one commit.
         "django", or "django:<alias>": in `transaction.atomic` of that database.
@@ -57,6 +59,7 @@ class IdempotentTask(Task):
     biz_id: ClassVar[Any] = None
     store: ClassVar[Any] = None
     inbox: ClassVar[Any] = None
+    outbox: ClassVar[Any] = None
 
     @classmethod
     def on_bound(cls, app: Celery) -> None:
@@ -88,11 +91,13 @@ class IdempotentTask(Task):
     ) -> Any:
         """As Celery's. once: inside a guarded task, a name for this call: a rerun makes the very same call again.
 
-        Its message then has the same inner-msg-id and task id each time, and lands once. Raises InvalidBizId or
-        InvalidBody for a call that no worker would run, NoExecution for `once` outside an execution; nothing is sent.
+        Its message then has the same inner-msg-id and task id each time, and lands once. Raises InvalidBizId for a call
+        without one, NoExecution for `once` outside an execution; nothing is sent.
         """
         guard = guard_of(self)
         if guard is not None:
+            if self.typing:
+                self.__header__(*(args or ()), **(kwargs or {}))  # TypeError, as without us
             guard.check(args or (), kwargs or {})
         if once is None:
             return super().apply_async(args, kwargs, task_id, *more, **options)
@@ -102,9 +107,27 @@ class IdempotentTask(Task):
         with sent_as(derived):
             return super().apply_async(args, kwargs, derived, *more, **options)
 
+    def delay_in_transaction(self, *args: Any, **kwargs: Any) -> Any:
+        """As `delay`, by the outbox: the call is made if and only if the transaction is committed that is open here.
+
+        That is the one that this task was given by its inbox, or Django's `transaction.atomic` block; see
+        `apply_in_transaction`. Raises ConfigurationError if there is none.
+        """
+        return delay_in_transaction(self, args, kwargs)
+
+    def apply_in_transaction(
+        self,
+        connection: Any,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """As `apply_async`, by the outbox, in the transaction that is open on `connection`; see `transaction.py`."""
+        return apply_in_transaction(self, connection, args, kwargs, **options)
+
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """As Celery's; the message leaves once the claim is given back, or it would find its own task busy."""
-        with held_back(holding_back):
+        with held_back():
             return super().retry(*args, **kwargs)
 
     def replace(self, sig: Signature) -> Any:
@@ -113,7 +136,7 @@ class IdempotentTask(Task):
 
     def on_replace(self, sig: Signature) -> Any:
         """Celery calls it for what it has made of the replacement."""
-        with held_back(holding_back):
+        with held_back():
             return super().on_replace(sig)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kombu import Exchange
 from kombu.utils import json
 
 from ..errors import PublishError, PublishUnknown
 from ..model import Landing, Receipt
 from ..producer import IdempotentProducer, PublishManyError
+from .entities import Described
 from .rows import OutboxRow
 
 __all__ = ["Outcome", "send"]
@@ -34,19 +34,17 @@ class Outcome:
     untouched: list[OutboxRow] = field(default_factory=list)
 
 
-def send(
-    producer: IdempotentProducer, rows: Sequence[OutboxRow], exchanges: dict[str, Exchange], *, window: int
-) -> Outcome:
+def send(producer: IdempotentProducer, rows: Sequence[OutboxRow], entities: Described, *, window: int) -> Outcome:
     """Publish these rows, in no order among themselves. Raises nothing that the broker or a row could be the cause of.
 
-    exchanges: those that rows want declared, by name and JSON; kept by the caller, so that each is declared once.
+    entities: those that rows want declared; kept by the caller, so that each is declared once.
     """
     outcome = Outcome()
     messages: list[tuple[bytes, dict[str, Any]]] = []
     made: list[OutboxRow] = []
     for row in rows:
         try:
-            messages.append(_message(row, exchanges))
+            messages.append(_message(row, entities))
             made.append(row)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with the row
             outcome.refused.append((row, f"it cannot be made a message: {type(error).__name__}"))
@@ -77,7 +75,7 @@ def send(
     return outcome
 
 
-def _message(row: OutboxRow, exchanges: dict[str, Exchange]) -> tuple[bytes, dict[str, Any]]:
+def _message(row: OutboxRow, entities: Described) -> tuple[bytes, dict[str, Any]]:
     keywords: dict[str, Any] = {
         "inner_msg_id": row.inner_msg_id,
         "exchange": row.exchange,
@@ -92,8 +90,7 @@ def _message(row: OutboxRow, exchanges: dict[str, Exchange]) -> tuple[bytes, dic
         keywords.update(options.get("properties", {}))
         keywords.update({name: options[name] for name in ("priority", "expiration") if name in options})
         if "exchange" in options:
-            known_as = f"{row.exchange} {json.dumps(options['exchange'])}"
-            if known_as not in exchanges:
-                exchanges[known_as] = Exchange(row.exchange, **options["exchange"])
-            keywords["exchange"] = exchanges[known_as]
+            keywords["exchange"] = entities.exchange(row.exchange, options["exchange"])
+        if "queue" in options:
+            keywords["declare"] = (entities.queue(options["queue"]),)
     return row.body, keywords
