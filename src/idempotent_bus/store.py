@@ -36,7 +36,7 @@ from typing import Protocol, runtime_checkable
 
 from .model import ClaimOutcome, ClaimRequest, Hold, Record
 
-__all__ = ["BatchStore", "LookupStore", "PurgeStore", "QuarantineStore", "Store"]
+__all__ = ["BatchStore", "ForgetStore", "LookupStore", "PurgeStore", "QuarantineStore", "Store"]
 
 
 class Store(Protocol):
@@ -93,6 +93,21 @@ class BatchStore(Protocol):
 
     def renew_many(self, holds: Sequence[Hold], /, *, lease: float, retention: float) -> list[bool]:
         """As `renew`, one answer per hold in their order."""
+        ...
+
+
+@runtime_checkable
+class ForgetStore(Protocol):
+    """A store in which a person can take a record back, so that its biz-id may run again."""
+
+    def forget(self, key: bytes, /) -> bool:
+        """Make the key absent: what was completed, released or abandoned is forgotten, with its result and attempts.
+
+        True: there is no record any more, forgotten now or absent before; so a repeat is True too. False: it stays,
+        for it is held and its lease has not lapsed (wait for the holder, or for its lease), or it is in quarantine,
+        which only `resolve` ends. Whoever held a forgotten record has no say any more, and the next claim's token is
+        larger than all before.
+        """
         ...
 
 

@@ -44,7 +44,7 @@ from idempotent_bus.model import (
     Record,
     State,
 )
-from idempotent_bus.store import BatchStore, LookupStore, PurgeStore, QuarantineStore
+from idempotent_bus.store import BatchStore, ForgetStore, LookupStore, PurgeStore, QuarantineStore
 
 A, B = b"\0finger\0", b"\0fingeR\0"
 
@@ -272,6 +272,115 @@ class PurgeContract:
         _, again = take(store, last.key)
         assert again.token > last_claim.token, "a purge must not make tokens start again"
         assert again.attempt == 1
+
+
+class ForgetContract:
+    """A person takes a record back: its biz-id may run again, and nothing else is loosened."""
+
+    def test_it_is_a_forget_store(self, contract_store: Subject) -> None:
+        """The capability is declared by its methods."""
+        assert isinstance(contract_store.store, ForgetStore)
+
+    def test_what_is_over_is_forgotten(self, contract_store: Subject) -> None:
+        """Completed, released or abandoned: absent afterwards; the next claim is attempt 1, with any body."""
+        store = contract_store.store
+        done, _ = take(store, new_key(), fingerprint=A, redrive=4)
+        assert complete(store, done, b"result")
+        bare, _ = take(store, new_key(), fingerprint=A)
+        assert complete(store, bare, None)
+        given, _ = take(store, new_key(), fingerprint=A, redrive=4)
+        assert release(store, given, attempts=5)
+        left, _ = take(store, new_key(), fingerprint=A, redrive=4)
+        assert abandon(store, left, attempts=5)
+        lapsed, _ = take(store, new_key(), lease=SHORT, fingerprint=A)
+        contract_store.outlast(SHORT)
+        for hold in (done, bare, given, left, lapsed):
+            assert store.forget(hold.key)
+            if isinstance(store, LookupStore):
+                assert store.lookup(hold.key) is None
+            new, claimed = take(store, hold.key, fingerprint=B)
+            assert (claimed.attempt, claimed.taken_over) == (1, False)
+            assert claimed.token > hold.token, "tokens must go on growing past what was forgotten"
+            assert complete(store, new, b"again")
+            assert store.claim(ask(hold.key, fingerprint=B)) == Completed(b"again")
+
+    def test_what_is_held_is_not_forgotten(self, contract_store: Subject) -> None:
+        """Held, and its lease not lapsed: refused, and the holder goes on as if nobody had asked."""
+        store = contract_store.store
+        for reserve in (False, True):
+            hold, _ = take(store, new_key(), reserve=reserve)
+            assert not store.forget(hold.key)
+            assert isinstance(store.claim(ask(hold.key)), Busy)
+            assert renew(store, hold)
+            assert not store.forget(hold.key)
+            assert complete(store, hold)
+            assert store.claim(ask(hold.key)) == Completed(b"done")
+
+    def test_a_quarantined_record_is_not_forgotten(self, contract_store: Subject) -> None:
+        """Rule 5: only `resolve` ends a quarantine; what was resolved may be forgotten."""
+        store = contract_store.store
+        hold, _ = take(store, new_key(), lease=SHORT)
+        assert store.quarantine(hold, note=b"note")
+        contract_store.outlast(SHORT)
+        assert not store.forget(hold.key)
+        assert store.claim(ask(hold.key)) == Quarantined()
+        assert store.resolve(hold.key, completed=True, retention=LONG)
+        assert store.forget(hold.key)
+        assert take(store, hold.key)[1].attempt == 1
+
+    def test_what_is_absent_is_forgotten_already(self, contract_store: Subject) -> None:
+        """An absent or forgotten key, and one past its retention, is True: a repeat tells the outcome of the first."""
+        store = contract_store.store
+        assert store.forget(new_key())
+        past, _ = take(store, new_key())
+        assert complete(store, past, retention=SHORT)
+        done, _ = take(store, new_key())
+        assert complete(store, done)
+        contract_store.outlast(SHORT)
+        assert store.forget(past.key)
+        for _ in range(2):
+            assert store.forget(done.key)
+        assert take(store, past.key)[1].token > past.token
+
+    def test_who_held_what_was_forgotten_has_no_say(self, contract_store: Subject) -> None:
+        """I2: a holder that comes back, before or after the next claim, can do nothing."""
+        store = contract_store.store
+        left, _ = take(store, new_key())
+        assert abandon(store, left)
+        done, _ = take(store, new_key())
+        assert complete(store, done)
+        for hold in (left, done):
+            assert store.forget(hold.key)
+            for _ in range(2):
+                assert not renew(store, hold)
+                assert not complete(store, hold, b"late")
+                assert not release(store, hold)
+                assert not abandon(store, hold)
+                new, _ = take(store, hold.key)
+                assert not complete(store, hold, b"late")
+                assert release(store, new)
+
+    def test_forgetting_and_claiming_exclude_each_other(self, contract_store: Subject) -> None:
+        """Claims racing with a forgetting: one winner at most, tokens still grow, a winner is never forgotten."""
+        store = contract_store.store
+        for _ in range(10):
+            hold, _ = take(store, new_key())
+            assert complete(store, hold)
+            requests = [ask(hold.key) for _ in range(4)]
+            calls: list[Any] = [lambda request=request: store.claim(request) for request in requests]
+            calls.insert(2, lambda hold=hold: store.forget(hold.key))
+            outcomes = race(calls)
+            del outcomes[2]
+            winners = [
+                Hold(hold.key, outcome.token, request.nonce)
+                for outcome, request in zip(outcomes, requests, strict=True)
+                if isinstance(outcome, Claimed)
+            ]
+            assert len(winners) <= 1
+            for winner in winners:
+                assert winner.token > hold.token
+                assert not store.forget(hold.key)
+                assert complete(store, winner)
 
 
 class QuarantineContract:
@@ -591,6 +700,7 @@ class SharedContract:
             lambda: store.claim_many([ask(new_key())]),
             lambda: store.renew_many([hold], lease=LONG, retention=LONG),
             lambda: store.lookup(hold.key),
+            lambda: store.forget(hold.key),
         ]
         for call in calls:
             with pytest.raises(StoreUnavailable) as caught:

@@ -33,6 +33,7 @@ CHECKS = (
     capabilities.BatchContract,
     capabilities.LookupContract,
     capabilities.PurgeContract,
+    capabilities.ForgetContract,
     capabilities.QuarantineContract,
 )
 
@@ -290,6 +291,19 @@ MEMORY = [
     Mutant(
         "resolve keeps for ever", "", "entry.kept_until = self._clock() + retention", "pass",
         ("test_resolved_as_done", "test_what_was_resolved_is_purged_in_time"),
+    ),
+    Mutant(
+        "what is held is forgotten", "", "(entry.state in _HELD and entry.lease_ends > now)", "False",
+        ("test_what_is_held_is_not_forgotten", "test_forgetting_and_claiming_exclude_each_other"),
+    ),
+    Mutant(
+        "what is in quarantine is forgotten", "",
+        "if entry.state is State.QUARANTINED or (entry.state in _HELD and", "if (entry.state in _HELD and",
+        ("test_a_quarantined_record_is_not_forgotten",),
+    ),
+    Mutant(
+        "nothing is deleted", "", "                del self._entries[key]\n            return True",
+        "            return True", ("test_what_is_over_is_forgotten", "test_who_held_what_was_forgotten_has_no_say"),
     ),
     Mutant(
         "keys fold", "", "request.key", "request.key.lower().rstrip(b' \\0')", ("test_keys_never_fold",),
@@ -577,6 +591,21 @@ REDIS = [
     Mutant(
         "a batch stops at the first that is lost", "renew", "renewed[entry] = '0'",
         "return table.concat(renewed) .. string.rep('0', #KEYS - entry + 1)", ("test_renewals_stand_alone",),
+    ),
+    Mutant(
+        "what is held is forgotten", "forget", "(held and number8(record, 42) > server_time())", "false",
+        ("test_what_is_held_is_not_forgotten", "test_forgetting_and_claiming_exclude_each_other"),
+    ),
+    Mutant(
+        "what is in quarantine is forgotten", "forget", "state == QUARANTINED or", "",
+        ("test_a_quarantined_record_is_not_forgotten",),
+    ),
+    Mutant(
+        "nothing is deleted", "forget", "redis.call('DEL', KEYS[1])", "",
+        ("test_what_is_over_is_forgotten", "test_who_held_what_was_forgotten_has_no_say"),
+    ),
+    Mutant(
+        "a lapsed lease cannot be forgotten", "forget", "> server_time()", "> 0", ("test_what_is_over_is_forgotten",),
     ),
     Mutant(
         "a look-up renews", "lookup", "return {record,", "redis.call('SET', KEYS[1], record) return {record,",

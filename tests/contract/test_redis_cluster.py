@@ -68,6 +68,10 @@ class TestLookup(capabilities.LookupContract):
     """Look-ups."""
 
 
+class TestForget(capabilities.ForgetContract):
+    """Forgetting touches one slot."""
+
+
 class TestQuarantine(capabilities.QuarantineContract):
     """The indexes lie beside their records; a list goes from slot to slot."""
 

@@ -44,6 +44,7 @@ MAIN = {
     "a quarantine expires",
     "a claim runs over a quarantined record",
     "resolve does not look at the state",
+    "what is held is forgotten",
 }
 FILES = {"sqlite": "sqlite", "postgresql": "postgresql", "mariadb": "mysql"}
 
@@ -61,6 +62,10 @@ BOTH = [
            ("test_it_changes_nothing",)),
     Mutant("a purge takes what is live", "", "purge_after <= {PURGE} AND kept_until <= {PURGE}", "{PURGE} > 0",
            ("test_it_deletes_what_is_over_and_nothing_else",)),
+    Mutant("what is held is forgotten", "", "state IN (3, 4) OR (state IN (1, 2) AND lease_ends <= {now})", "state < 5",
+           ("test_what_is_held_is_not_forgotten",)),
+    Mutant("nothing is forgotten on demand", "", "SET kept_until = 0, result", "SET result",
+           ("test_what_is_over_is_forgotten", "test_who_held_what_was_forgotten_has_no_say")),
     Mutant("abandon releases", "", "SET state = 2, attempts", "SET state = 4, attempts",
            ("test_an_abandoned_claim_is_taken_over_at_once", "test_an_abandoned_reservation_is_in_doubt")),
     Mutant("abandon for anybody", "", "-- name: abandon\n",

@@ -43,6 +43,7 @@ MAIN = (
     "test_the_list_is_in_order_and_in_pages",
     "test_resolved_as_not_done",
     "test_only_what_is_quarantined_is_resolved",
+    "test_what_is_over_is_forgotten",
 )
 
 USERS = (
@@ -65,6 +66,7 @@ def all_checks() -> tuple[str, ...]:
         capabilities.BatchContract,
         capabilities.LookupContract,
         capabilities.PurgeContract,
+        capabilities.ForgetContract,
         capabilities.QuarantineContract,
     )
     return tuple(name for owner in owners for name in dir(owner) if name.startswith("test_"))

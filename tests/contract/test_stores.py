@@ -33,6 +33,11 @@ class TestPurge(capabilities.PurgeContract):
     """purge."""
 
 
+@over("forget")
+class TestForget(capabilities.ForgetContract):
+    """forget."""
+
+
 @over("quarantine")
 class TestQuarantine(capabilities.QuarantineContract):
     """quarantine, quarantined and resolve."""

@@ -201,6 +201,16 @@ class MemoryStore:
             entry.kept_until = self._clock() + retention
             return True
 
+    def forget(self, key: bytes, /) -> bool:
+        with self._lock:
+            now = self._clock()
+            entry = self._entries.get(key)
+            if entry is not None and entry.kept_until > now:
+                if entry.state is State.QUARANTINED or (entry.state in _HELD and entry.lease_ends > now):
+                    return False
+                del self._entries[key]
+            return True
+
     def lookup(self, key: bytes, /) -> Record | None:
         with self._lock:
             now = self._clock()

@@ -235,6 +235,9 @@ class RedisStore:
         values = [key, int(completed), _milliseconds(retention), os.urandom(NONCE_BYTES)]
         return bool(self._run("resolve", [self._key(key), self._index(key[0])], values) == 1)
 
+    def forget(self, key: bytes, /) -> bool:
+        return bool(self._run("forget", [self._key(key)], []) == 1)
+
     def lookup(self, key: bytes, /) -> Record | None:
         reply = self._run("lookup", [self._key(key)], [])
         return None if reply is None else _record(key, *reply)

@@ -75,8 +75,9 @@ class SQLStore:
     After a fork the child drops the pool's connections without closing them, as it must.
     table_prefix, schema, create: as for `open_sql`. timeout: seconds within which a call may be tried again.
 
-    It is a BatchStore, a LookupStore, a PurgeStore and a QuarantineStore too. Quarantined records stand together at the
-    end of the purge index: finding them reads nothing else, and needs no index of its own. Each verb is one statement.
+    It is a BatchStore, a ForgetStore, a LookupStore, a PurgeStore and a QuarantineStore too. Quarantined records stand
+    together at the end of the purge index: finding them reads nothing else, and needs no index of its own. Each verb is
+    one statement.
     """
 
     def __init__(
@@ -169,6 +170,10 @@ class SQLStore:
             return work.count("resolve", **named, state=state, retention=kept) == 1
 
         return self._perform(act)
+
+    def forget(self, key: bytes, /) -> bool:
+        """As `ForgetStore.forget`. The row itself goes with a purge, when it would have gone anyway."""
+        return self._perform(lambda flavour, work: flavour.forget(work, key))
 
     def lookup(self, key: bytes, /) -> Record | None:
         """As `LookupStore.lookup`."""

@@ -156,6 +156,19 @@ class Flavour:
         rows = work.rows("quarantined", first=self.digest(first), limit=limit)
         return [(_bytes(row[8]), row[:8]) for row in rows]
 
+    def forget(self, work: Work, key: bytes) -> bool:
+        """As `ForgetStore.forget`: one statement where it applies, and a look where it does not."""
+        for _ in range(_ROUNDS):
+            if work.count("forget", key=self.digest(key)) == 1:
+                return True
+            rows = work.rows("lookup", key=self.digest(key))
+            if not rows:
+                return True
+            state, lease_left = rows[0][0], rows[0][4]
+            if state == State.QUARANTINED or (state in (State.RESERVED, State.IN_PROGRESS) and lease_left > 0):
+                return False
+        raise Unsettled
+
     def purge(self, work: Work, limit: int) -> int:
         """As `PurgeStore.purge`."""
         return work.count("purge", limit=limit)

@@ -111,6 +111,13 @@ WHERE record_key = :key AND (state = 5 OR (state IN (3, 4) AND nonce = :nonce));
 SELECT state, token, attempts, redrive, lease_ends - {now}, kept_until - {now}, fingerprint, result, record_key
 FROM {records} WHERE purge_after = {far} AND state = 5 AND record_key >= :first ORDER BY record_key LIMIT :limit;
 
+-- name: forget
+-- Absent from now on, as past its retention; whatever the clock does. The row stays until its purge: a claim that began
+-- before then meets it, and draws its token after it (see `claim`).
+UPDATE {records} SET kept_until = 0, result = NULL
+WHERE record_key = :key AND kept_until > {now}
+  AND (state IN (3, 4) OR (state IN (1, 2) AND lease_ends <= {now}));
+
 -- name: lookup
 SELECT state, token, attempts, redrive, lease_ends - {now}, kept_until - {now}, fingerprint, result
 FROM {records} WHERE record_key = :key AND kept_until > {now};

@@ -153,6 +153,13 @@ SELECT r.state, r.token, r.attempts, r.redrive, r.lease_ends - clock.now, r.kept
 FROM (SELECT {now} AS now) AS clock, kept AS r
 WHERE r.record_key >= CAST(:first AS uuid) ORDER BY r.record_key LIMIT :limit;
 
+-- name: forget
+-- Absent from now on, as past its retention; whatever the clock does. The row stays until its purge: a claim that began
+-- before then meets it, and draws its token after it (see `take`).
+UPDATE {records} SET kept_until = 0, result = NULL
+WHERE record_key = CAST(:key AS uuid) AND kept_until > {now}
+  AND (state IN (3, 4) OR (state IN (1, 2) AND lease_ends <= {now}));
+
 -- name: lookup
 SELECT r.state, r.token, r.attempts, r.redrive, r.lease_ends - clock.now, r.kept_until - clock.now, r.fingerprint,
        r.result

@@ -100,6 +100,12 @@ SELECT r.state, r.token, r.attempts, r.redrive, r.lease_ends - clock.now, r.kept
 FROM (SELECT {now} AS now) AS clock, {records} AS r
 WHERE r.purge_after = {far} AND r.state = 5 AND r.record_key >= :first ORDER BY r.record_key LIMIT :limit;
 
+-- name: forget
+-- Absent from now on, as past its retention; whatever the clock does. The row stays until its purge.
+UPDATE {records} SET kept_until = 0, result = NULL
+WHERE record_key = :key AND kept_until > {now}
+  AND (state IN (3, 4) OR (state IN (1, 2) AND lease_ends <= {now}));
+
 -- name: lookup
 SELECT r.state, r.token, r.attempts, r.redrive, r.lease_ends - clock.now, r.kept_until - clock.now, r.fingerprint,
        r.result
