@@ -38,7 +38,7 @@ from ..kombu_message import redrives
 from ..model import Hold, Reason, State
 from ..msgid import published_at_of
 from ..policy import Backoff, Policy
-from ..store import LookupStore
+from ..store import LookupStore, Store
 from ..stores import store_source
 from ..work import Ended, Passing, Work
 from .arguments import Arguments
@@ -74,8 +74,8 @@ class Guard:
             )
         check_plain(run)
         self._fingerprint = option(task, "fingerprint")
-        self._inbox = inbox_of(option(task, "inbox"))
-        self.arguments = Arguments(run, bound=bound, transactional=self._inbox is not None)
+        self.inbox = inbox_of(option(task, "inbox"))
+        self.arguments = Arguments(run, bound=bound, transactional=self.inbox is not None)
         dead_letter = option(task, "dead_letter")
         #: The queue for what is given up; None: there is none, as in plain Celery.
         self.dead_letter: str | None = f"{self.scope}.dead" if dead_letter is None else dead_letter or None
@@ -92,12 +92,12 @@ class Guard:
         self._max_result = option(task, "max_result")
         self._task = task
         store = option(task, "store")
-        if self._inbox is None and store is None:
+        if self.inbox is None and store is None:
             raise ConfigurationError(
                 f"the task {task.name} has a scope, so it needs a dedup store or an inbox: "
                 "setup(app, store='redis://...'), or store=... or inbox=... in its decorator"
             )
-        self._store = None if self._inbox is not None else store_source(store)
+        self._store = None if self.inbox is not None else store_source(store)
         self._making = threading.Lock()
         self._executor: WorkExecutor | None = None
 
@@ -196,8 +196,8 @@ class Guard:
             return Executor(self._store, self.policy, **options)
         from ..inbox.running import Transactions
 
-        kind = getattr(self._inbox, "transactions", Transactions)  # Django's keeps house around each message
-        made: WorkExecutor = kind(self._inbox, self.policy, **options)
+        kind = getattr(self.inbox, "transactions", Transactions)  # Django's keeps house around each message
+        made: WorkExecutor = kind(self.inbox, self.policy, **options)
         return made
 
     def _passing(self, error: BaseException) -> Passing:
@@ -205,9 +205,13 @@ class Guard:
             return "abandoned"  # it struck in the middle of something
         if isinstance(error, (Transient, InDoubt, *self.policy.in_doubt)):
             return None
-        if self._inbox is not None and _met_another(error):
+        if self.inbox is not None and _met_another(error):
             return None  # a deadlock that went on for too many tries is nobody's failure
         return "released"
+
+    def store(self) -> Store | None:
+        """The dedup store, opened; None for a task with an inbox. Raises ConfigurationError."""
+        return None if self._store is None else self._store()
 
     # --- the parent -------------------------------------------------------------------------------------
 
@@ -221,10 +225,8 @@ class Guard:
 
         Nothing if it is not held with that nonce, or if nobody can tell: then it lapses by itself. Never raises.
         """
-        if self._store is None:
-            return  # the transaction went with its connection
         try:
-            store = self._store()
+            store = self.store()  # none: then the transaction went with its connection
             record = store.lookup(key) if isinstance(store, LookupStore) else None
             if record is not None and record.state is State.IN_PROGRESS:
                 hold = Hold(key, record.token, nonce)

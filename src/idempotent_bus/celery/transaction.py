@@ -100,8 +100,13 @@ class _Adding:
         if len(queues) == 1:
             options["declare"] = queues[0]
         inner_msg_id = headers.pop(INNER_MSG_ID)
-        given = {name: value for name, value in options.items() if value is not None and value != ""}
+        # kombu's entities cannot be compared with a text.
+        given = {name: value for name, value in options.items() if value is not None and not _is_empty(value)}
         self._outbox.add(self._connection, body, headers=headers, inner_msg_id=inner_msg_id, **given)
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, str) and not value
 
 
 def _outbox_of(task: Any) -> Any:

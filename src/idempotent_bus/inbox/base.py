@@ -179,6 +179,28 @@ class Inbox:
             made.commit_plainly()
         return counted
 
+    def is_done(self, scope: str, biz_id: Any, *, tenant: str = "") -> bool | None:
+        """Whether this biz-id's effect is committed; None: there is no record. On a connection of the inbox's own.
+
+        Decides nothing: it may be stale at once. Raises InvalidScope, InvalidBizId, and what SQLAlchemy raises.
+        """
+        key = record_key(check_scope(scope), canonical_biz_id(biz_id), tenant=check_tenant(tenant))
+        with self.transaction(apart=True) as made, translated(made.connection):
+            seen = self.records.seen(made.link, [key]).get(key)
+        return None if seen is None else seen.completed
+
+    def forget(self, scope: str, biz_id: Any, *, tenant: str = "") -> bool:
+        """Delete the record of a biz-id, so that it may run again; True if there was one. Waits for who holds it.
+
+        Raises as `is_done` does.
+        """
+        key = record_key(check_scope(scope), canonical_biz_id(biz_id), tenant=check_tenant(tenant))
+        with self.transaction(apart=True) as made:
+            with translated(made.connection):
+                forgotten = self.records.forget(made.link, key)
+            made.commit_plainly()
+        return forgotten
+
     def purge(self, *, limit: int = 1000) -> int:
         """Delete at most `limit` records whose retention is over; returns how many. Repeat it until 0 comes back.
 

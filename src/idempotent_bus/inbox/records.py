@@ -210,6 +210,10 @@ class Records:
             f"FROM (VALUES {rows}) AS v (record_key, result) WHERE r.record_key = v.record_key"
         ]
 
+    def forget(self, link: Link, key: bytes) -> bool:
+        """Delete the record; True if there was one."""
+        return link.run(self._texts["forget"], {"key": _key(self.database, key)})[1] > 0
+
     def purge(self, link: Link, limit: int) -> int:
         """Delete at most `limit` records whose retention is over; returns how many were looked at.
 

@@ -66,6 +66,9 @@ UPDATE {inbox} SET result = :result WHERE record_key = :key;
 -- name: over
 SELECT record_key FROM {inbox} WHERE kept_until <= {now} ORDER BY kept_until LIMIT :limit;
 
+-- name: forget
+DELETE FROM {inbox} WHERE record_key = :key;
+
 -- name: purge
 -- By its key alone: a range over the other index would lock the gaps in which new records are inserted.
 DELETE FROM {inbox} WHERE record_key = :key AND kept_until <= {now};

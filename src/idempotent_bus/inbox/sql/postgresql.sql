@@ -81,6 +81,9 @@ UPDATE {inbox} SET attempts = CAST(:attempts AS integer) WHERE record_key = CAST
 -- name: store
 UPDATE {inbox} SET result = CAST(:result AS bytea) WHERE record_key = CAST(:key AS uuid);
 
+-- name: forget
+DELETE FROM {inbox} WHERE record_key = CAST(:key AS uuid);
+
 -- name: purge
 -- What is in use is passed over, not waited for. The clock in a sub-select is read once, so that the index serves.
 DELETE FROM {inbox}

@@ -53,6 +53,9 @@ UPDATE {inbox} SET attempts = :attempts WHERE record_key = :key;
 -- name: store
 UPDATE {inbox} SET result = :result WHERE record_key = :key;
 
+-- name: forget
+DELETE FROM {inbox} WHERE record_key = :key;
+
 -- name: purge
 DELETE FROM {inbox}
 WHERE record_key IN (SELECT record_key FROM {inbox} WHERE kept_until <= {now} ORDER BY kept_until LIMIT :limit);
