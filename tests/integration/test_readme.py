@@ -16,13 +16,17 @@ def _blocks(language: str) -> list[str]:
 
 
 def test_python_blocks_run(tmp_path: Path) -> None:
-    """What a newcomer types in from the README works: one publish lands, one card is issued, once."""
+    """What a newcomer types in from the README works: one publish lands, one card is issued, once, and
+    a Celery task runs once."""
     exactly = """
 with Connection("idempotent-sqla+sqlite:///broker.db") as connection:
     with IdempotentProducer(connection, exchange=paid, routing_key="paid", declare=[cards]) as producer:
         producer.publish({"payment_id": "p-2", "amount": "9.90"})
         producer.publish({"payment_id": "p-2", "amount": "9.90"})
     IdempotentConsumer(connection, {cards: issue_card_exactly}).run(idle_timeout=1)
+
+app.conf.task_always_eager = True
+assert print_card.delay("p-3").get() == print_card.delay("p-3").get() == "card of p-3"
 """
     script = tmp_path / "readme.py"
     script.write_text("\n".join([*_blocks("python"), exactly]))
@@ -30,7 +34,7 @@ with Connection("idempotent-sqla+sqlite:///broker.db") as connection:
         [sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines() == ["landed", "a card for p-1"]
+    assert run.stdout.splitlines() == ["landed", "a card for p-1", "printed p-3"]
     with sqlite3.connect(tmp_path / "cards.db") as connection:
         assert connection.execute("SELECT payment_id FROM card").fetchall() == [("p-2",)]
 
