@@ -25,7 +25,9 @@ from kombu import Connection, Consumer, Queue
 from kombu.message import Message
 
 from . import delays
+from .acks import BulkAcks
 from .bell import Bell
+from .buffered import BufferedReads
 from .errors import ConfigurationError
 from .frames import read_everything
 from .handler import IdempotentHandler, WorkExecutor, idempotent_consumer
@@ -125,6 +127,8 @@ class IdempotentConsumer:
 
     def _reset(self) -> None:
         self._channel: Any = None
+        self._acks: BulkAcks | None = None
+        self._reads: BufferedReads | None = None
         self._home: HomeThread | None = None
         self._bell: Bell | None = None
         self._on_hand: set[HandedOver] = set()
@@ -261,6 +265,7 @@ class IdempotentConsumer:
             self._looped_at = time.time()
             if self._home is not None:
                 self._home.run_pending()
+                self._flush_acks()
 
     # --- on one connection ----------------------------------------------------------------------------
 
@@ -330,11 +335,19 @@ class IdempotentConsumer:
                         connection.drain_events(timeout=0.001)
                 self._looped_at = time.time()
                 home.run_pending()
+                self._flush_acks()
         home.run_pending()
+        self._flush_acks()
+
+    def _flush_acks(self) -> None:
+        if self._acks is not None:
+            self._acks.flush()
 
     def _open_consumers(self, connection: Connection, channel: Any) -> list[Consumer]:
         amqp = connection.transport.driver_type == "amqp"
         if amqp:
+            self._acks = BulkAcks(channel)
+            self._reads = BufferedReads(connection) if BufferedReads.fits(connection) else None
             # In the middle of a frame py-amqp spins on a socket that does not block; to wait where nothing has come
             # at all would cost a millisecond for each window.
             self._at_once = 0.001
@@ -375,6 +388,7 @@ class IdempotentConsumer:
                 wait = min(wait, quiet_since + idle_timeout - now)
             self._gather(connection, wait)
             home.run_pending()
+            self._flush_acks()
             now = time.monotonic()
             self._wake_parked(now)
             if self._arrived:
@@ -394,12 +408,19 @@ class IdempotentConsumer:
         """Wait for a message, then take what else has already arrived, up to the window."""
         window = self._window()
         wait = max(wait, 0.001)
+        reads = self._reads
         try:
-            if self._on_hand:  # others may want something done here meanwhile
+            if reads is not None and reads.has_message:
+                wait = 0.0
+            elif self._on_hand:  # others may want something done here meanwhile
                 wait = self._await_bell(connection, wait)
             if wait:
                 connection.drain_events(timeout=wait)
-            while len(self._arrived) < window and self._has_more():
+            while len(self._arrived) < window:
+                if reads is not None:
+                    reads.take(lambda: len(self._arrived) < window)
+                if len(self._arrived) >= window or not self._has_more():
+                    break
                 connection.drain_events(timeout=self._at_once)
         except (socket.timeout, TimeoutError):  # noqa: UP041 - not the same class in Python 3.10's ssl module
             pass
@@ -421,11 +442,13 @@ class IdempotentConsumer:
         return max(1, min(self._prefetch, int(_WINDOW_SECONDS / max(self._seconds_each, 1e-6))))
 
     def _on_message(self, handler: IdempotentHandler, queue: str, message: Message) -> None:
+        if self._acks is not None:
+            self._acks.arrived(message.delivery_tag)
         self._arrived.append((handler, queue, message))
 
     def _on_decode_error(self, handler: IdempotentHandler, queue: str, message: Message, error: Exception) -> None:
         # Not from here: what fails now would fail in the middle of taking messages off the connection.
-        self._arrived.append((handler, queue, message))
+        self._on_message(handler, queue, message)
 
     # --- handling -------------------------------------------------------------------------------------
 
@@ -451,8 +474,14 @@ class IdempotentConsumer:
         works = [work for entry in entries if (work := self._work(entry)) is not None]
         if not works:
             self._handling_since = None
+            self._flush_acks()
             return
-        endings = handler.executor.handle_window(_UntilStopped(works, self._check_stopped))
+        try:
+            endings = handler.executor.handle_window(_UntilStopped(works, self._check_stopped))
+        except _Stopped:
+            self._flush_acks()
+            raise
+        self._flush_acks()
         each = (time.monotonic() - started) / len(works)
         self._seconds_each = 0.7 * self._seconds_each + 0.3 * each if each > self._seconds_each / 8 else each
         self._handling_since = None
@@ -464,7 +493,8 @@ class IdempotentConsumer:
     def _work(self, entry: _Arrived) -> Work | None:
         self._check_stopped()
         handler, queue, message = entry
-        settle = handler.settlement(message, queue, functools.partial(self._park, entry))
+        ack = None if self._acks is None else self._acks.ack
+        settle = handler.settlement(message, queue, functools.partial(self._park, entry), ack)
         if settle.renew():
             return None
         work = handler.receive(message, settle)

@@ -172,10 +172,16 @@ class IdempotentHandler(Generic[P, R]):
         self.refuse_undecodable(error, self.settlement(message))
 
     def settlement(
-        self, message: Message, queue: str | None = None, park: Callable[[float], None] | None = None
+        self,
+        message: Message,
+        queue: str | None = None,
+        park: Callable[[float], None] | None = None,
+        ack: Callable[[Message], None] | None = None,
     ) -> MessageSettlement:
         """How this message will be answered. queue: where it came from, if the caller knows."""
-        return MessageSettlement(message, queue=queue, scope=self.scope, dead_letter=self.dead_letter, park=park)
+        return MessageSettlement(
+            message, queue=queue, scope=self.scope, dead_letter=self.dead_letter, park=park, ack=ack
+        )
 
     def refuse_undecodable(self, error: Exception, settle: Settlement) -> Ending:
         """Move a message whose body cannot be decoded to the dead letter."""

@@ -63,13 +63,14 @@ class MessageSettlement:
     """Answers for one kombu message. Use it from the thread that consumes.
 
     queue: where the message was consumed from, if that is known for sure. park: called with a delay in seconds instead
-    of pausing and requeueing, where the caller can hold the message and look again later.
+    of pausing and requeueing, where the caller can hold the message and look again later. ack: acks the message, where
+    the caller gathers acks.
 
     record, fingerprint: in hex, what a dead letter says of the message's record, so that a redrive can tell whether
     it was completed meanwhile, and with which body. Set them once they are known.
     """
 
-    __slots__ = ("_dead_letter", "_message", "_park", "_queue", "_scope", "fingerprint", "record")
+    __slots__ = ("_ack", "_dead_letter", "_message", "_park", "_queue", "_scope", "fingerprint", "record")
 
     def __init__(
         self,
@@ -79,6 +80,7 @@ class MessageSettlement:
         scope: str,
         dead_letter: str,
         park: Callable[[float], None] | None = None,
+        ack: Callable[[Message], None] | None = None,
     ) -> None:
         self.record: str | None = None
         self.fingerprint: str | None = None
@@ -87,11 +89,12 @@ class MessageSettlement:
         self._scope = scope
         self._dead_letter = dead_letter
         self._park = park
+        # The class's own method: the instance's is out of the handler's reach (`forbid_acks`).
+        self._ack = type(message).ack if ack is None else ack
 
     def ack(self) -> None:
         """The message is done: the broker may forget it."""
-        # The class's own method: the instance's is out of the handler's reach (`forbid_acks`).
-        type(self._message).ack(self._message)
+        self._ack(self._message)
 
     def wait(self, delay: float) -> None:
         """Let the message come back no sooner than `delay` seconds from now.

@@ -1,6 +1,6 @@
 """A guarded consumer against kombu's plain one, and against other guards, on RabbitMQ and on Redis.
 
-    python tests/benchmarks/bench_consumer.py [--broker rabbitmq | redis] [--store redis | postgresql] [--messages 10000]
+    python tests/benchmarks/bench_consumer.py [--broker redis] [--store postgresql] [--messages 10000]
 
 200-byte JSON messages, a handler that does nothing, manual acks, prefetch 100. Each round drains the same number of
 messages in each way, in rotated order; the table shows medians, least and most, and the medians of the ratios to that
