@@ -101,7 +101,8 @@ ClaimOutcome = Claimed | Busy | Completed | Conflict | Quarantined
 class Record:
     """A record as a look-up shows it. lease_left and retention_left: seconds by the store's clock, never below 0.
 
-    result: what `complete` stored, or of a quarantined record its note.
+    result: what `complete` stored, or of a quarantined record its note. token: 0 where a store no longer keeps it; it
+    need not once the record is completed.
     """
 
     key: bytes

@@ -838,6 +838,84 @@ class RetentionContract:
         assert take(store, key)[1].taken_over
 
 
+class WithoutResultContract:
+    """Completed without a result: most records end so, and a store may keep them in a shorter form."""
+
+    def test_completed_without_a_result_is_final(self, contract_store: Subject) -> None:
+        """I6: nothing that even its own holder does changes it, nor does a redrive; nor is a result put in later."""
+        store, key = contract_store.store, new_key()
+        hold, _ = take(store, key)
+        assert complete(store, hold, None)
+        assert not release(store, hold)
+        assert not abandon(store, hold)
+        assert not renew(store, hold)
+        assert complete(store, hold, b"second")
+        for changes in ({"redrive": 9}, {"nonce": hold.nonce}, {"reserve": True}, {}):
+            assert store.claim(ask(key, **changes)) == Completed(None)
+
+    def test_only_its_hold_repeats_a_completion_without_a_result(self, contract_store: Subject) -> None:
+        """A completion whose reply was lost is True again; for a hold that is wrong in one thing it is False."""
+        store = contract_store.store
+        for fingerprint in (None, bytes(8)):
+            hold, _ = take(store, new_key(), fingerprint=fingerprint)
+            assert [complete(store, hold, None) for _ in range(3)] == [True] * 3
+            for other in stale(hold):
+                assert not complete(store, other, None)
+                assert not complete(store, other, b"stale")
+            assert complete(store, hold, None)
+
+    def test_the_superseded_holder_does_not_repeat_it(self, contract_store: Subject) -> None:
+        """I2: who was taken over hears False before and after the new holder completed, and changes nothing."""
+        store, key = contract_store.store, new_key()
+        old, _ = take(store, key, lease=SHORT)
+        contract_store.outlast(SHORT)
+        new, claimed = take(store, key)
+        assert claimed.taken_over
+        assert not complete(store, old, None)
+        assert complete(store, new, None)
+        for call in (complete, renew, release, abandon):
+            assert not call(store, old)
+        assert complete(store, new, None)
+        assert store.claim(ask(key)) == Completed(None)
+
+    def test_its_body_is_compared(self, contract_store: Subject) -> None:
+        """I8: the same body is a duplicate, another is a conflict; None compares with nothing; zeros are a body."""
+        store = contract_store.store
+        for fingerprint, conflicts in ((b"\0finger\0", True), (bytes(8), True), (None, False)):
+            hold, _ = take(store, new_key(), fingerprint=fingerprint)
+            assert complete(store, hold, None)
+            other = store.claim(ask(hold.key, fingerprint=b"\0fingeR\0"))
+            assert other == (Conflict(State.COMPLETED) if conflicts else Completed(None))
+            assert store.claim(ask(hold.key, fingerprint=fingerprint)) == Completed(None)
+            assert store.claim(ask(hold.key)) == Completed(None)
+
+    def test_it_is_kept_whatever_it_went_through(self, contract_store: Subject) -> None:
+        """Reserved, late, after a thousand attempts, or redriven: completed is completed."""
+        store = contract_store.store
+        reserved, _ = take(store, new_key(), reserve=True)
+        late, _ = take(store, new_key(), lease=SHORT)
+        contract_store.outlast(SHORT)
+        many, _ = take(store, new_key())
+        assert release(store, many, attempts=1000)
+        many, _ = take(store, many.key)
+        redriven, _ = take(store, new_key(), redrive=1_000_000)
+        for hold in (reserved, late, many, redriven):
+            assert complete(store, hold, None)
+            assert complete(store, hold, None)
+            assert store.claim(ask(hold.key, redrive=2_000_000)) == Completed(None)
+
+    def test_it_is_forgotten_after_its_retention(self, contract_store: Subject) -> None:
+        """Past its retention it counts as absent, and the next token is larger."""
+        store = contract_store.store
+        hold, _ = take(store, new_key())
+        assert complete(store, hold, None, retention=SHORT)
+        contract_store.outlast(SHORT)
+        assert not complete(store, hold, None)
+        new, claimed = take(store, hold.key)
+        assert claimed.attempt == 1
+        assert new.token > hold.token
+
+
 class ValuesContract:
     """Bytes go in and come out as they were."""
 
@@ -898,6 +976,7 @@ class StoreContract(
     FingerprintContract,
     RedriveContract,
     RetentionContract,
+    WithoutResultContract,
     ValuesContract,
 ):
     """What every store must do. The capabilities have classes of their own in `capabilities`."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import capabilities
 import pytest
+import redis_short
 import stores
 import suite
 from suite import Subject
@@ -35,6 +36,7 @@ CHECKS = (
     capabilities.PurgeContract,
     capabilities.ForgetContract,
     capabilities.QuarantineContract,
+    redis_short.ShortFormContract,
 )
 
 
@@ -364,10 +366,13 @@ REDIS = [
     ),
     *(
         Mutant(
-            f"ownership not compared by {verb}", verb, f"owned(record, ARGV[{number}])", "record",
+            f"ownership not compared by {verb}", verb, f"owned(record, {hold})", "record",
             ("test_a_stale_hold_can_do_nothing", "test_the_superseded_holder_can_do_nothing"),
         )
-        for verb, number in (("renew", "entry + 2"), ("complete", "1"), ("release", "1"), ("abandon", "1"))
+        for verb, hold in (
+            ("renew", "ARGV[entry + 2]"), ("complete", "string.sub(ARGV[1], 1, 24)"),
+            ("release", "ARGV[1]"), ("abandon", "ARGV[1]"),
+        )
     ),
     Mutant(
         "attempts not counted", "claim", "attempts = attempt\n", "attempts = attempts\n",
@@ -398,7 +403,7 @@ REDIS = [
         ("test_a_released_record_is_not_completed_or_renewed",),
     ),
     Mutant(
-        "a repeat completes again", "complete", "if state_of(record) ~= COMPLETED then", "if true then",
+        "a repeat completes again", "complete", "if state_of(record) == COMPLETED then", "if false then",
         ("test_completed_is_final", "test_a_completion_repeated_does_not_shorten_the_retention"),
     ),
     Mutant(
@@ -567,30 +572,93 @@ REDIS = [
         Mutant(f"{verb} loses the expiry", verb, f", 'PX', {keep})", ")", (killer,))
         for verb, keep, killer in (
             ("claim", "keep", "test_an_abandoned_record_is_kept_for_its_retention"),
-            ("complete", "ARGV[2]", "test_a_completed_record_is_forgotten_after_its_retention"),
+            (
+                "complete", "string.format('%.0f', retention)",
+                "test_a_completed_record_is_forgotten_after_its_retention",
+            ),
             ("release", "ARGV[2]", "test_a_released_record_is_forgotten_after_its_retention"),
         )
     ),
     *(
-        Mutant(f"{verb} keeps the claim's expiry", verb, "'PX', ARGV[2]", "'KEEPTTL'", (killer,))
-        for verb, killer in (
-            ("renew", "test_renew_sets_the_retention"),
-            ("complete", "test_completion_sets_the_retention"),
-            ("release", "test_release_sets_the_retention"),
+        Mutant(f"{verb} keeps the claim's expiry", verb, f"'PX', {keep}", "'KEEPTTL'", (killer,))
+        for verb, keep, killer in (
+            ("renew", "ARGV[2]", "test_renew_sets_the_retention"),
+            ("complete", "string.format('%.0f', retention)", "test_completion_sets_the_retention"),
+            ("release", "ARGV[2]", "test_release_sets_the_retention"),
         )
     ),
     Mutant(
-        "an empty result is none", "complete", "(ARGV[3] and HAS_RESULT or 0)",
-        "(ARGV[3] and ARGV[3] ~= '' and HAS_RESULT or 0)",
+        "an empty result is none", "complete", "(ARGV[2] and HAS_RESULT or 0)",
+        "(ARGV[2] and ARGV[2] ~= '' and HAS_RESULT or 0)",
         ("test_results_come_back_as_they_were", "test_an_empty_result_is_not_none"),
     ),
     Mutant(
-        "a batch shares one answer", "claim", "KEYS[entry * 2], ARGV[entry]", "KEYS[entry * 2], ARGV[1]",
+        "a batch shares one answer", "claim", "KEYS[at], ARGV[entry]", "KEYS[at], ARGV[1]",
         ("test_a_batch_agrees_with_the_single_verbs", "test_a_claim_in_a_batch_is_owned"),
     ),
     Mutant(
         "a batch stops at the first that is lost", "renew", "renewed[entry] = '0'",
         "return table.concat(renewed) .. string.rep('0', #KEYS - entry + 1)", ("test_renewals_stand_alone",),
+    ),
+    Mutant(
+        "a claim does not see the short form", "claim", "if short then", "if false then",
+        ("test_completed_without_a_result_is_final", "test_it_is_kept_whatever_it_went_through"),
+    ),
+    Mutant(
+        "the short form loses the body", "complete", "short = short .. string.sub(record, 26, 33)", "short = short",
+        ("test_its_body_is_compared",),
+    ),
+    Mutant(
+        "no body conflicts in the short form", "claim", "marked and #short > 10", "marked",
+        ("test_its_body_is_compared",),
+    ),
+    Mutant(
+        "the short form does not know its hold", "complete", "== string.sub(ARGV[1], 25, 30)", "== nil",
+        ("test_only_its_hold_repeats_a_completion_without_a_result", "test_a_lost_reply_and_a_moved_record"),
+    ),
+    Mutant(
+        "any hold repeats the short form", "complete",
+        "short and string.sub(short, 5, 10) == string.sub(ARGV[1], 25, 30)", "short",
+        ("test_only_its_hold_repeats_a_completion_without_a_result", "test_the_superseded_holder_does_not_repeat_it"),
+    ),
+    Mutant(
+        "the long record stays beside the short one", "complete", "redis.call('DEL', KEYS[1])", "",
+        ("test_completed_without_a_result_is_final",),
+    ),
+    Mutant(
+        "short records are not forgotten", "forget", "redis.call('HDEL', KEYS[3], field_of(key))", "",
+        ("test_what_is_over_is_forgotten",),
+    ),
+    Mutant(
+        "nobody is told that a bucket moved", "buckets", "if buckets ~= believed and", "if false and",
+        ("test_another_process_is_told_where_a_record_went", "test_a_lost_reply_and_a_moved_record"),
+    ),
+    Mutant(
+        "a split forgets", "split", "redis.call('HSET', KEYS[3], unpack(going))", "",
+        ("test_nothing_is_lost_while_buckets_split",),
+    ),
+    Mutant(
+        "a split is done twice", "split", "if buckets ~= tonumber(ARGV[1]) then", "if false then",
+        ("test_a_split_sent_twice_is_one_split",),
+    ),
+    Mutant(
+        "a merge forgets", "merge", "redis.call('HSET', KEYS[2], unpack(going))", "",
+        ("test_nothing_is_lost_while_buckets_merge",),
+    ),
+    Mutant(
+        "a short record is forgotten early", "complete", "math.ceil((now / 1000000 + retention / 1000 - SINCE) / UNIT)",
+        "math.ceil((now / 1000000 - SINCE) / UNIT)", ("test_retentions_of_the_short_form_are_kept",),
+    ),
+    Mutant(
+        "a short record is remembered for ever", "buckets", "if short_until(short) > now then", "if true then",
+        ("test_retentions_of_the_short_form_are_kept",),
+    ),
+    Mutant(
+        "a bucket expires with its first record", "buckets", "if redis.call('PTTL', bucket) < ms then",
+        "if redis.call('PTTL', bucket) < 0 then", ("test_retentions_of_the_short_form_are_kept",),
+    ),
+    Mutant(
+        "what is over stays in its bucket", "buckets", "over[#over + 1] = all[at]", "", ("test_a_turn_leaves_nothing",),
     ),
     Mutant(
         "what is held is forgotten", "forget", "(held and number8(record, 42) > server_time())", "false",
@@ -621,7 +689,9 @@ class MutatedRedis(redis.RedisStore):
 
     def _scripts(self, verb: str) -> redis.Script:
         text = super()._scripts(verb).text
-        if self.mutant.where not in ("record", verb):
+        if self.mutant.where not in ("record", verb) and (
+            self.mutant.where != "buckets" or verb not in redis._LOOKS_IN_BUCKETS
+        ):
             return redis.Script(text)
         return redis.Script(replaced(text, self.mutant.old, self.mutant.new))
 
@@ -644,6 +714,9 @@ class KeysFold(redis.RedisStore):
     def _key(self, key: bytes) -> bytes:
         return super()._key(key.lower().rstrip(b" \0"))
 
+    def _places(self, key: bytes) -> Any:
+        return super()._places(key.lower().rstrip(b" \0").ljust(16))
+
     def _claim(self, requests: Any) -> list[ClaimOutcome]:
         folded = [request.key.lower().rstrip(b" \0").ljust(16) for request in requests]
         return super()._claim([_with_key(request, key) for request, key in zip(requests, folded, strict=True)])
@@ -656,9 +729,10 @@ def _with_key(request: ClaimRequest, key: bytes) -> ClaimRequest:
 @contextlib.contextmanager
 def redis_subject(kind: type[redis.RedisStore]) -> Iterator[Subject]:
     prefix = f"t{uuid.uuid4().hex[:12]}:"
-    client: Any = redis.open_redis(servers.redis())._client  # with the retries that the store itself would have
-    store = kind(client, prefix=prefix)
-    yield Subject(lambda: store)
+    # With the retries that the store itself would have, and room for a mutant that uses the client beside it.
+    client: Any = redis.open_redis(servers.redis(), max_connections=500)._client
+    stores = [kind(client, prefix=prefix)]
+    yield Subject(lambda: redis_short.another(stores, lambda: kind(client, prefix=prefix)))
     for name in client.scan_iter(match=f"{prefix}*", count=1000):
         client.delete(name)
     client.close()

@@ -10,9 +10,22 @@ counter that was lost. They repeat only if the counter is lost *and* the clock h
 not expire, and its key is in its slot's index as well, the sorted set `{prefix}{<slot>}:quarantine`: listing them reads
 256 indexes, one script (in Cluster one per slot), and never scans the keys. An index that is empty is not there.
 
-**What it costs.** A completed record without a result takes 136 bytes (`MEMORY USAGE`; Redis 7.0, default prefix),
-plus its result, plus the entry in the table of expiries; all counters together take 18 KiB at most. A quarantined one
-takes its note and about 40 bytes for the index more.
+**The short form.** A record that is completed without a result moves, in the script that completes it, out of the key
+of its own into a small hash of its slot, a *bucket* `{prefix}{<slot>}:#<number>`, with what is still needed of it: the
+rest of its key, its fingerprint, the end of its retention, and a digest of the hold that completed it, so that the
+repeat of a lost reply is known again. The token is not kept: it has no more use, since completed is final, and the
+counter makes sure that the next one is larger. Buckets split and merge one at a time as they fill, so that nothing has
+to be planned and nothing is ever swept; how many there are is under `{prefix}{<slot>}:buckets`. A client names the
+bucket by what it last heard, and is told when that is not so any more. `lua/buckets.lua` says the rest. Whatever does
+not fit (a result, a redrive number, more than 31 attempts, a retention below a minute, a bucket that is full) keeps a
+key of its own, and so does everything with `short=False`; records of earlier versions are of that kind.
+
+**What it costs.** In the short form a completed record takes 42 to 46 bytes, all of the server's memory counted (with
+its fingerprint, Redis 7.0, default prefix; for which sizes: `tests/benchmarks/reports/redis_store.md`). For that the
+server must pack hashes of 128 short fields, as it does by default (`hash-max-listpack-entries`, before 7.0
+`hash-max-ziplist-entries`). With a key of its own it takes 136 bytes (`MEMORY USAGE`), plus its result, plus the entry
+in the table of expiries; all counters together take 36 KiB at most. A quarantined one takes its note and about 40 bytes
+for the index more.
 
 **What to know about the server.** A record is as durable as the server makes it. `appendonly yes` with `appendfsync
 everysec` survives the death of the process; the loss of the machine can cost the last second. Asynchronous
@@ -30,6 +43,7 @@ import os
 import struct
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import resources
 from typing import Any, Final
@@ -37,6 +51,7 @@ from typing import Any, Final
 from redis import Redis
 from redis.backoff import ExponentialBackoff
 from redis.cluster import RedisCluster
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import (
     NoScriptError,
     OutOfMemoryError,
@@ -44,6 +59,7 @@ from redis.exceptions import (
     RedisError,
     ResponseError,
 )
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from ..errors import ConfigurationError, StoreUnavailable
@@ -61,27 +77,42 @@ from ..model import (
     Record,
     State,
 )
+from .redis_lean import Lean, pack
 
 __all__ = ["RedisStore", "open_redis"]
 
 DEFAULT_PREFIX: Final = "idempotent-bus:"
 
-# A stalled server must not hang a consumer: two resends, so some six seconds at worst, then StoreUnavailable.
+# A stalled server must not hang a consumer: two resends, one of them the driver's, so some six seconds at worst, then
+# StoreUnavailable.
 _TIMEOUT = 2.0
-_RESENDS = 2
+_RESENDS = 1
 
 # RedisClusterException is not a RedisError in redis-py.
 _DRIVER_ERRORS = (RedisError, RedisClusterException, OSError)
+_BROKEN = (RedisConnectionError, RedisTimeoutError, OSError)
+_UNSETTLED = "the buckets of the Redis store move at every look; nothing is known of the outcome, so ask again"
 
 _HEADER = struct.Struct(">BQ16s8sII")  # as record.lua says
-_REQUEST = struct.Struct(">16s8sIQQB")  # as claim.lua says
+_REQUEST = struct.Struct(">16s8sIQQBI")  # as claim.lua says
+_COMPLETION = struct.Struct(">24s6sQI?")  # as complete.lua says
 _CLAIMED = struct.Struct(">QI")
 _HAS_FINGERPRINT, _HAS_RESULT = 8, 16
+_OWNER_BYTES = 8 + NONCE_BYTES
+_SPARSE = 3  # a reply of complete.lua
 _MAX_COUNT = 2**32 - 1
 # Longer durations are cut to 30 years: now + lease + retention must stay exact in Lua's doubles.
 _MAX_SECONDS = 30 * 365 * 86400.0
 # Quarantined records that one script looks at.
 _PAGE = 1000
+# Seconds of retention from which a completed record is worth the short form, which rounds up to 16 seconds.
+_SHORT_FROM = 60.0
+# How often a bucket may turn out to have moved before nobody knows where anything is.
+_MOVES = 100
+_DIGEST_BYTES = 6
+
+
+_LOOKS_IN_BUCKETS: Final = {"claim", "complete", "lookup", "forget", "split", "merge"}
 
 
 class Script:
@@ -90,23 +121,25 @@ class Script:
     def __init__(self, text: str) -> None:
         self.text = text
         self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+        self.name = self.sha.encode()
 
 
 @cache
 def _script(name: str) -> Script:
-    """The script of a verb: the helpers over records, then the verb's own file."""
+    """The script of a verb: the helpers over records, those over buckets where it looks there, the verb's own file."""
     folder = resources.files(__package__) / "lua"
-    return Script("".join((folder / f"{part}.lua").read_text("utf-8") for part in ("record", name)))
+    parts = ("record", "buckets", name) if name in _LOOKS_IN_BUCKETS else ("record", name)
+    return Script("".join((folder / f"{part}.lua").read_text("utf-8") for part in parts))
 
 
 def open_redis(
-    url: str, *, prefix: str = DEFAULT_PREFIX, allow_eviction: bool = False, **connection: Any
+    url: str, *, prefix: str = DEFAULT_PREFIX, allow_eviction: bool = False, short: bool = True, **connection: Any
 ) -> RedisStore:
     """A store on the server that `url` names, `redis://[user:password@]host:port/db` or `rediss://...`.
 
-    prefix, allow_eviction: see `RedisStore`. connection: anything that `redis.Redis.from_url` takes (`ssl_ca_certs`,
-    `health_check_interval`, `max_connections`, ...), which the URL's own query wins over. Unless told otherwise a
-    server has 2 seconds to accept, 2 to answer, and is asked at most three times: every verb may be repeated.
+    prefix, allow_eviction, short: see `RedisStore`. connection: anything that `redis.Redis.from_url` takes
+    (`ssl_ca_certs`, `health_check_interval`, `max_connections`, ...), which the URL's own query wins over. Unless told
+    otherwise a server has 2 seconds to accept, 2 to answer, and is asked at most three times: any verb may be repeated.
     """
     settings: dict[str, Any] = {
         "socket_timeout": _TIMEOUT,
@@ -114,7 +147,7 @@ def open_redis(
         "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), _RESENDS),
         **connection,
     }
-    return RedisStore(Redis.from_url(url, **settings), prefix=prefix, allow_eviction=allow_eviction)
+    return RedisStore(Redis.from_url(url, **settings), prefix=prefix, allow_eviction=allow_eviction, short=short)
 
 
 class RedisStore:
@@ -123,13 +156,20 @@ class RedisStore:
     client: a `redis.Redis`, also one that a Sentinel gave, or a `redis.cluster.RedisCluster`; `decode_responses` must
     be off. Its connections, retries and timeouts are its own affair: give it a `socket_timeout`. The store closes it.
     prefix: a namespace; stores with different prefixes share nothing. allow_eviction: use a server although its
-    `maxmemory-policy` may drop records, and with them the promise that nothing is done twice.
+    `maxmemory-policy` may drop records, and with them the promise that nothing is done twice. short: False keeps every
+    record under a key of its own, as versions before the short form did: say so in the new processes for as long as old
+    ones, which do not know it, are still at work. Records in either form are honoured whatever it says.
 
     Raises ConfigurationError for a client or prefix that cannot work, and at the first use for a server that evicts.
     """
 
     def __init__(
-        self, client: Redis | RedisCluster, *, prefix: str = DEFAULT_PREFIX, allow_eviction: bool = False
+        self,
+        client: Redis | RedisCluster,
+        *,
+        prefix: str = DEFAULT_PREFIX,
+        allow_eviction: bool = False,
+        short: bool = True,
     ) -> None:
         if "{" in prefix or "}" in prefix:
             raise ConfigurationError("the prefix must be without braces: they choose the slot in Redis Cluster")
@@ -137,8 +177,14 @@ class RedisStore:
             raise ConfigurationError("the store needs bytes: use a Redis client without decode_responses")
         self._client: Any = client  # Any: redis-py types its replies for the sync and the async client at once
         self._clustered = isinstance(client, RedisCluster)
+        self._lean = _lean(client)
         self._prefix = prefix.encode()
+        self._slots = [b"%s{%02x}:" % (self._prefix, slot) for slot in range(256)]
         self._checked = allow_eviction
+        self._short_from = _SHORT_FROM if short else math.inf
+        # The number of buckets of each slot, as last heard; until something is heard of a slot, what another has.
+        self._buckets: dict[int, int] = {}
+        self._usual = 1
 
     # --- the verbs ------------------------------------------------------------------------------------
 
@@ -152,14 +198,26 @@ class RedisStore:
         return [outcomes[number] for number in range(len(requests))]
 
     def _claim(self, requests: Sequence[ClaimRequest]) -> list[ClaimOutcome]:
+        replies: list[bytes] = self._claim_once(requests)
+        for _ in range(_MOVES):
+            moved = [number for number, reply in enumerate(replies) if reply[:1] == b"M"]
+            if not moved:
+                return [_outcome(reply) for reply in replies]
+            for number in moved:
+                self._learn(requests[number].key[0], int.from_bytes(replies[number][1:], "big"))
+            for number, reply in zip(moved, self._claim_once([requests[number] for number in moved]), strict=True):
+                replies[number] = reply
+        raise StoreUnavailable(_UNSETTLED)
+
+    def _claim_once(self, requests: Sequence[ClaimRequest]) -> list[bytes]:
         keys: list[bytes] = []
         values: list[bytes] = []
         for request in requests:
             mark = request.fingerprint
             if len(request.nonce) != NONCE_BYTES or (mark is not None and len(mark) != FINGERPRINT_BYTES):
                 raise ValueError(f"a nonce has {NONCE_BYTES} bytes, a fingerprint {FINGERPRINT_BYTES}")
-            slot = self._slot(request.key)
-            keys += (slot + request.key, slot + b"token")
+            record, layout, bucket, buckets = self._places(request.key)
+            keys += (record, self._slots[request.key[0]] + b"token", layout, bucket)
             values.append(
                 _REQUEST.pack(
                     request.nonce,
@@ -168,9 +226,11 @@ class RedisStore:
                     _microseconds(request.lease),
                     _milliseconds(request.lease + request.retention),
                     request.reserve + (mark is not None) * _HAS_FINGERPRINT,
+                    buckets,
                 )
             )
-        return [_outcome(reply) for reply in self._run("claim", keys, values)]
+        replies: list[bytes] = self._run("claim", keys, values)
+        return replies
 
     def renew(self, hold: Hold, /, *, lease: float, retention: float) -> bool:
         return self._renew([hold], lease, retention)[0]
@@ -187,8 +247,34 @@ class RedisStore:
         return [digit == ord("1") for digit in self._run("renew", [self._key(hold.key) for hold in holds], values)]
 
     def complete(self, hold: Hold, /, *, result: bytes | None, retention: float) -> bool:
-        values = [_owner(hold), _milliseconds(retention), *(() if result is None else (result,))]
-        return bool(self._run("complete", [self._key(hold.key)], values) == 1)
+        for _ in range(_MOVES):
+            reply: int = self._run("complete", *self._completion(hold, result, retention))
+            if reply >= 0:
+                if reply > 1:
+                    self._make_room(hold.key[0], fewer=reply == _SPARSE)
+                return reply > 0
+            self._learn(hold.key[0], -reply)
+        raise StoreUnavailable(_UNSETTLED)
+
+    def _completion(self, hold: Hold, result: bytes | None, retention: float) -> tuple[list[bytes], list[bytes]]:
+        """Keys and values for complete.lua."""
+        record, layout, bucket, buckets = self._places(hold.key)
+        owner = _owner(hold)
+        if len(owner) != _OWNER_BYTES:
+            owner = bytes(_OWNER_BYTES)  # nobody's: no token is 0
+        digest = hashlib.blake2b(owner, digest_size=_DIGEST_BYTES).digest()
+        short = result is None and retention >= self._short_from
+        packed = _COMPLETION.pack(owner, digest, _milliseconds(retention), buckets, short)
+        return [record, layout, bucket], [packed] if result is None else [packed, result]
+
+    def _make_room(self, slot: int, *, fewer: bool) -> None:
+        """Give a slot a bucket more, or take one away. It can wait: what does not fit keeps a key of its own."""
+        buckets = self._buckets.get(slot, self._usual)
+        last = buckets - 1 if fewer else buckets
+        turn = last - (1 << (last.bit_length() - 1))
+        keys = [self._slots[slot] + b"buckets", self._bucket(slot, turn), self._bucket(slot, last)]
+        with suppress(StoreUnavailable):
+            self._learn(slot, self._run("merge" if fewer else "split", keys, [buckets]))
 
     def release(self, hold: Hold, /, *, attempts: int, retention: float) -> bool:
         values = [_owner(hold), _milliseconds(retention), _count(attempts)]
@@ -236,25 +322,53 @@ class RedisStore:
         return bool(self._run("resolve", [self._key(key), self._index(key[0])], values) == 1)
 
     def forget(self, key: bytes, /) -> bool:
-        return bool(self._run("forget", [self._key(key)], []) == 1)
+        for _ in range(_MOVES):
+            *places, buckets = self._places(key)
+            reply: int = self._run("forget", places, [buckets])
+            if reply >= 0:
+                return reply == 1
+            self._learn(key[0], -reply)
+        raise StoreUnavailable(_UNSETTLED)
 
     def lookup(self, key: bytes, /) -> Record | None:
-        reply = self._run("lookup", [self._key(key)], [])
-        return None if reply is None else _record(key, *reply)
+        """As `LookupStore.lookup`. Of a completed record in the short form the token is not kept: 0."""
+        for _ in range(_MOVES):
+            *places, buckets = self._places(key)
+            reply = self._run("lookup", places, [buckets])
+            if not isinstance(reply, int):
+                return None if reply is None else _record(key, *reply)
+            self._learn(key[0], reply)
+        raise StoreUnavailable(_UNSETTLED)
 
     def close(self) -> None:
+        if self._lean is not None:
+            self._lean.close()
         self._client.close()
 
     # --- keys and round trips ---------------------------------------------------------------------------
 
-    def _slot(self, key: bytes) -> bytes:
-        return b"%s{%02x}:" % (self._prefix, key[0])
-
     def _key(self, key: bytes) -> bytes:
-        return self._slot(key) + key
+        return self._slots[key[0]] + key
 
     def _index(self, slot: int) -> bytes:
-        return self._slot(bytes([slot])) + b"quarantine"
+        return self._slots[slot] + b"quarantine"
+
+    def _bucket(self, slot: int, number: int) -> bytes:
+        return b"%b#%d" % (self._slots[slot], number)
+
+    def _places(self, key: bytes) -> tuple[bytes, bytes, bytes, int]:
+        """A record's own key, the key of its slot's number of buckets, its bucket, and that number as far as known."""
+        slot = key[0]
+        prefix = self._slots[slot]
+        buckets = self._buckets.get(slot, self._usual)
+        size = 1 << buckets.bit_length()
+        number = int.from_bytes(key[1:5], "big") & (size - 1)
+        if number >= buckets:
+            number -= size >> 1
+        return prefix + key, prefix + b"buckets", b"%b#%d" % (prefix, number), buckets
+
+    def _learn(self, slot: int, buckets: int) -> None:
+        self._buckets[slot] = self._usual = buckets
 
     def _together(self, keys: Sequence[bytes]) -> list[list[int]]:
         """The entries of a batch by the scripts that may do them: all in one, or in Cluster one per slot."""
@@ -288,6 +402,13 @@ class RedisStore:
         return _script(verb)
 
     def _evaluate(self, script: Script, keys: list[bytes], values: Sequence[Any]) -> Any:
+        if self._lean is not None:
+            plain = [value if isinstance(value, bytes) else b"%d" % value for value in values]
+            # A connection that breaks leaves the outcome unknown, and every verb may be repeated: the second time it is
+            # the client's affair, with its own retries.
+            with suppress(NoScriptError, *_BROKEN):
+                return self._lean.ask(pack(script.name, keys, plain))
+            self._lean.close()  # or the client's bounded pool might miss what lies idle here
         try:
             return self._client.evalsha(script.sha, len(keys), *keys, *values)
         except NoScriptError:  # a new server, or SCRIPT FLUSH: sending the text makes it known again
@@ -295,6 +416,8 @@ class RedisStore:
 
     def _refuse_eviction(self) -> None:
         """Ask once whether the server would drop records. INFO, because CONFIG is forbidden on many a managed one."""
+        if self._lean is not None:
+            self._lean.close()
         where = {"target_nodes": RedisCluster.PRIMARIES} if self._clustered else {}
         try:
             answer: dict[str, Any] = self._client.info("memory", **where)
@@ -309,6 +432,13 @@ class RedisStore:
                     "duplicates would run; set maxmemory-policy noeviction, or take the risk with allow_eviction=True"
                 )
         self._checked = True
+
+
+def _lean(client: Redis | RedisCluster) -> Lean | None:
+    """The lean way over a client's connections, where it has one: not in a cluster, which moves its slots."""
+    if isinstance(client, RedisCluster) or client.connection is not None:  # or a client of one connection
+        return None
+    return Lean(client.connection_pool) if getattr(client.connection_pool, "cache", None) is None else None
 
 
 def _microseconds(seconds: float) -> int:

@@ -1,11 +1,13 @@
 -- Claim records, each by itself: the rules are in store.py, and are followed here in their order.
--- KEYS    two per entry: the record, the token counter of its slot
+-- KEYS    four per entry: the record; the token counter of its slot; the number of buckets of its slot; its bucket
 -- ARGV    one per entry, packed because every argument costs the client as much as a step here:
 --         1-16 nonce, 17-24 fingerprint, 25-28 redrive, 29-36 lease in us, 37-44 lease + retention in ms,
---         45 wishes: 1 to reserve + 8 if there is a fingerprint (as in a record's flags)
+--         45 wishes: 1 to reserve + 8 if there is a fingerprint (as in a record's flags),
+--         46-49 the number of buckets that the caller knows
 -- returns one string per entry, packed likewise: a letter, then
 --         C claimed, T taken over: token (8 bytes), attempt (4); B busy: us until the lease ends (8);
---         R completed: the result; N completed without a result; Q quarantined; X conflict: the state (1)
+--         R completed: the result; N completed without a result; Q quarantined; X conflict: the state (1);
+--         M nothing yet, the bucket is another one: the number of buckets (4)
 
 local now = server_time()
 
@@ -18,7 +20,7 @@ local function next_token(counter)
   return token
 end
 
-local function claim(key, counter, request)
+local function claim(key, counter, layout, bucket, request)
   local record = redis.call('GET', key)
   local nonce, fingerprint, redrive = string.sub(request, 1, 16), string.sub(request, 17, 24), number4(request, 25)
   local tail = bytes8(now + number8(request, 29))
@@ -61,6 +63,16 @@ local function claim(key, counter, request)
     if state == IN_PROGRESS or (held and has(record, TAKEN_OVER)) then
       won = 'T'
     end
+  else
+    local buckets = moved(key_of(key), layout, number4(request, 46))
+    if buckets then
+      return 'M' .. bytes4(buckets)
+    end
+    local short = short_of(bucket, key_of(key), now)
+    if short then
+      local differs = marked and #short > 10 and string.sub(short, 11) ~= fingerprint
+      return differs and 'X' .. string.char(COMPLETED) or 'N'
+    end
   end
   local token = bytes8(next_token(counter))
   local attempt = attempts + 1
@@ -76,6 +88,7 @@ end
 
 local outcomes = {}
 for entry = 1, #ARGV do
-  outcomes[entry] = claim(KEYS[entry * 2 - 1], KEYS[entry * 2], ARGV[entry])
+  local at = entry * 4
+  outcomes[entry] = claim(KEYS[at - 3], KEYS[at - 2], KEYS[at - 1], KEYS[at], ARGV[entry])
 end
 return outcomes

@@ -1,0 +1,85 @@
+"""One command over one of the client's own connections, with as little Python around it as possible.
+
+redis-py's `execute_command` costs more than the round trip: a checkout and a return with locks and counters, a probe of
+the socket, wrappers for retries, packing argument by argument. Here a few connections stay checked out between the
+commands, and a command is one `send_packed_command` and one `read_response` of redis-py's own connection, so that TLS,
+passwords, Sentinel's managed connections and RESP3 are as redis-py has them. What goes wrong on the way is not dealt
+with here: the caller asks again through the client itself, with its retries. (`transports/redis/wire.py` goes further
+and reads the bytes itself, since it must never send anything twice.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from redis.connection import ConnectionPool
+from redis.exceptions import ResponseError
+
+__all__ = ["Lean", "pack"]
+
+#: Connections that are kept out of the pool at most, and the part of a bounded pool that they may be.
+_SPARE = 8
+_SHARE = 8
+
+
+def pack(script: bytes, keys: list[bytes], values: Iterable[bytes]) -> bytes:
+    """An EVALSHA in the form that the server reads. script: its SHA-1 in hex digits."""
+    arguments = [*keys, *values]
+    parts = [b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%b\r\n" % (3 + len(arguments), script)]
+    count = b"%d" % len(keys)
+    parts.append(b"$%d\r\n%b\r\n" % (len(count), count))
+    parts += [b"$%d\r\n%b\r\n" % (len(argument), argument) for argument in arguments]
+    return b"".join(parts)
+
+
+class Lean:
+    """Connections of a pool, kept at hand; safe for threads, and for a fork, after which the child takes new ones.
+
+    pool: as many of its connections are kept as threads were here at once, but 8 at most, and an eighth of a pool
+    that is bounded: others use it too.
+    """
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        self._pool: Any = pool  # Any: redis-py types its connections for the sync and the async client at once
+        self._most = min(_SPARE, pool.max_connections // _SHARE)
+        self._spare: list[Any] = []
+        self._pid = os.getpid()
+
+    def ask(self, packed: bytes) -> Any:
+        """Send one command and give its reply. Raises redis-py's errors; but for a ResponseError it may have run."""
+        if self._pid != os.getpid():
+            self._spare, self._pid = [], os.getpid()
+        try:
+            connection = self._spare.pop()
+        except IndexError:
+            connection = self._pool.get_connection()
+        try:
+            connection.send_packed_command((packed,))
+            reply = connection.read_response(disable_decoding=True)
+        except ResponseError:
+            self._give_back(connection)
+            raise
+        except BaseException:
+            connection.disconnect()  # the reply may still come: it must not be taken for the next command's
+            self._pool.release(connection)
+            raise
+        self._give_back(connection)
+        return reply
+
+    def _give_back(self, connection: Any) -> None:
+        """To hand, or to the pool: there redis-py renews a password that has run out, or a server that moves away."""
+        if (
+            len(self._spare) < self._most
+            and getattr(connection, "_re_auth_token", None) is None
+            and not connection.should_reconnect()
+        ):
+            self._spare.append(connection)
+        else:
+            self._pool.release(connection)
+
+    def close(self) -> None:
+        """Give everything back to the pool. It may be used again."""
+        while self._spare and self._pid == os.getpid():
+            self._pool.release(self._spare.pop())
