@@ -90,6 +90,27 @@ class Conflict:
 
 
 @dataclass(frozen=True, slots=True)
+class Completion:
+    """What is asked of a store when a handler has succeeded. retention: seconds from now."""
+
+    hold: Hold
+    result: bytes | None
+    retention: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """How a streamed completion ended. ticket: its number.
+
+    durable: True, it is durable: the message may be acked. False: ownership was lost, as `complete` says it. None: in
+    doubt; ask `complete` with the same hold, which tells.
+    """
+
+    ticket: int
+    durable: bool | None
+
+
+@dataclass(frozen=True, slots=True)
 class Quarantined:
     """It was abandoned in the middle of its handler and waits for a person's decision: nothing may run."""
 

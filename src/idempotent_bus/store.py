@@ -34,9 +34,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from .model import ClaimOutcome, ClaimRequest, Hold, Record
+from .model import ClaimOutcome, ClaimRequest, Completion, Hold, Record, Settled
 
-__all__ = ["BatchStore", "ForgetStore", "LookupStore", "PurgeStore", "QuarantineStore", "Store"]
+__all__ = [
+    "BatchCompletionStore",
+    "BatchStore",
+    "CompletionStream",
+    "ForgetStore",
+    "LookupStore",
+    "PurgeStore",
+    "QuarantineStore",
+    "Store",
+    "StreamStore",
+]
 
 
 class Store(Protocol):
@@ -93,6 +103,66 @@ class BatchStore(Protocol):
 
     def renew_many(self, holds: Sequence[Hold], /, *, lease: float, retention: float) -> list[bool]:
         """As `renew`, one answer per hold in their order."""
+        ...
+
+
+@runtime_checkable
+class BatchCompletionStore(Protocol):
+    """A store that makes many records completed in one round trip, or one commit."""
+
+    def complete_many(self, completions: Sequence[Completion], /) -> list[bool]:
+        """As `complete`, one answer per completion in their order. The keys must differ.
+
+        Raises StoreUnavailable if the outcome of any is unknown: ask again with all of them, or singly.
+        """
+        ...
+
+
+class CompletionStream(Protocol):
+    """Completions that are sent at once and not waited for. For one thread at a time.
+
+    It is made for a consumer's window: a completion leaves as soon as its handler has returned, so that the time
+    between an effect and its completion does not grow, and the ack follows when it is told to be durable. The tickets
+    are 1, 2, 3, ... in the order in which they were begun, and are settled in that order: the first that is not durable
+    ends the prefix that may be acked in bulk. Whoever begins them bounds how many are under way (`pending`, and their
+    age) before another handler starts. The rules of `complete` hold for each by itself, whatever its neighbours do.
+    """
+
+    @property
+    def pending(self) -> int:
+        """How many were begun and not told of yet by `poll` or `settle`."""
+        ...
+
+    def begin(self, completion: Completion, /) -> int:
+        """Send a completion, and give its ticket. Raises nothing that the store does: that is told of the ticket.
+
+        It waits only where the store does not keep up at all, or cannot stream.
+        """
+        ...
+
+    def poll(self, timeout: float = 0.0) -> list[Settled]:
+        """Those that have ended since the last time, in the order of their tickets, each told once.
+
+        timeout: seconds to wait for one if none has. Never raises for the store: None is told of the ticket instead,
+        and then of every later one that was under way on the same connection.
+        """
+        ...
+
+    def settle(self) -> list[Settled]:
+        """As `poll`, for all that are under way; waits until each of them has ended, well or in doubt."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the connection. What is under way stays so, and is never told of: `settle` first."""
+        ...
+
+
+@runtime_checkable
+class StreamStore(Protocol):
+    """A store that takes completions without making anybody wait for each."""
+
+    def stream(self) -> CompletionStream:
+        """A stream of its own, with its own connection. Nothing is connected before the first completion."""
         ...
 
 

@@ -38,13 +38,22 @@ from idempotent_bus.model import (
     ClaimOutcome,
     ClaimRequest,
     Completed,
+    Completion,
     Conflict,
     Hold,
     Quarantined,
     Record,
     State,
 )
-from idempotent_bus.store import BatchStore, ForgetStore, LookupStore, PurgeStore, QuarantineStore
+from idempotent_bus.store import (
+    BatchCompletionStore,
+    BatchStore,
+    ForgetStore,
+    LookupStore,
+    PurgeStore,
+    QuarantineStore,
+    StreamStore,
+)
 
 A, B = b"\0finger\0", b"\0fingeR\0"
 
@@ -133,6 +142,151 @@ class BatchContract:
         assert complete(store, holds[617], b"617")
         again = store.claim_many([ask(request.key) for request in requests])
         assert [number for number, outcome in enumerate(again) if outcome == Completed(b"617")] == [617]
+
+
+class CompletionsContract:
+    """Many completions at once, or sent without waiting; each by itself."""
+
+    def test_it_declares_itself(self, contract_store: Subject) -> None:
+        """The capabilities are declared by their methods."""
+        assert isinstance(contract_store.store, BatchCompletionStore)
+        assert isinstance(contract_store.store, StreamStore)
+
+    def test_completions_together_agree_with_single_ones(self, contract_store: Subject) -> None:
+        """Over holds of every kind `complete_many` answers as `complete` does, entry by entry, and leaves the same."""
+        store = contract_store.store
+        for size in (1, 100):
+            singly, together = _holds_of_every_kind(contract_store, size), _holds_of_every_kind(contract_store, size)
+            single = [store.complete(one.hold, result=one.result, retention=one.retention) for one in singly]
+            assert set(single) == {True, False}
+            if size == 1:
+                assert [store.complete_many([one]) for one in together] == [[answer] for answer in single]
+            else:
+                assert store.complete_many(together) == single
+            assert store.complete_many(together) == single  # a repeat tells the outcome of the first
+            left = [[_shape(store.claim(ask(one.hold.key))) for one in group] for group in (singly, together)]
+            assert left[0] == left[1]
+
+    def test_no_completions_are_nothing(self, contract_store: Subject) -> None:
+        """No entries, no answers, no error."""
+        assert contract_store.store.complete_many([]) == []
+
+    def test_completions_together_keep_their_retention(self, contract_store: Subject) -> None:
+        """Each entry's own retention counts."""
+        store = contract_store.store
+        holds = [take(store, new_key())[0] for _ in range(6)]
+        asked = [Completion(hold, None, SHORT if number % 2 else LONG) for number, hold in enumerate(holds)]
+        assert store.complete_many(asked) == [True] * 6
+        contract_store.outlast(SHORT)
+        found = [isinstance(store.claim(ask(hold.key)), Completed) for hold in holds]
+        assert found == [True, False] * 3
+
+    def test_completions_together_race_with_takeovers(self, contract_store: Subject) -> None:
+        """Late completions of two batches in different orders, racing claims: each record goes to one of them."""
+        store = contract_store.store
+        holds = [take(store, new_key(), lease=SHORT)[0] for _ in range(30)]
+        contract_store.outlast(SHORT)
+        asked = [Completion(hold, b"late", LONG) for hold in holds]
+        calls: list[Any] = [
+            lambda: store.complete_many(asked),
+            lambda: store.complete_many(asked[::-1])[::-1],
+            lambda: store.claim_many([ask(hold.key) for hold in holds]),
+        ]
+        one, other, claims = race(calls)
+        assert one == other, "a completion and its repeat hear the same"
+        assert [not isinstance(claim, Claimed) for claim in claims] == one
+
+    def test_a_stream_tells_of_each_in_order(self, contract_store: Subject) -> None:
+        """Tickets count from 1, and are told once each, in their order, with the answer that `complete` would give."""
+        store = contract_store.store
+        singly, streamed = (_holds_of_every_kind(contract_store, 40) for _ in range(2))
+        expected = [store.complete(one.hold, result=one.result, retention=one.retention) for one in singly]
+        stream = store.stream()
+        assert stream.pending == 0
+        assert stream.poll() == stream.settle() == []
+        told: list[Any] = []
+        for number, one in enumerate(streamed, 1):
+            assert stream.begin(one) == number
+            assert stream.pending == number - len(told)
+            if number % 7 == 0:
+                told += stream.poll()
+        told += stream.settle()
+        assert stream.pending == 0
+        assert [settled.ticket for settled in told] == list(range(1, len(streamed) + 1))
+        assert [settled.durable for settled in told] == expected
+        for one in streamed:  # what was begun is found at once by everybody
+            assert stream.begin(one)
+        assert [settled.durable for settled in stream.settle()] == expected
+        stream.close()
+        stream.close()
+        left = [[_shape(store.claim(ask(one.hold.key))) for one in group] for group in (singly, streamed)]
+        assert left[0] == left[1]
+
+    def test_what_is_told_is_durable(self, contract_store: Subject) -> None:
+        """I4: when a stream tells True, another store object finds the record completed."""
+        store = contract_store.store
+        stream, other = store.stream(), contract_store.open()
+        holds = {}
+        for _ in range(50):
+            hold, _ = take(store, new_key())
+            holds[stream.begin(Completion(hold, hold.key, LONG))] = hold
+            for settled in stream.poll():
+                assert settled.durable is True
+                assert other.claim(ask(holds.pop(settled.ticket).key)).result is not None
+        while holds:
+            for settled in stream.poll(10.0):
+                assert other.claim(ask(holds[settled.ticket].key)) == Completed(holds.pop(settled.ticket).key)
+        stream.close()
+        if other is not store:
+            other.close()
+
+    def test_many_streams_at_once(self, contract_store: Subject) -> None:
+        """Streams of several threads, beside single completions: each is told of its own."""
+        store = contract_store.store
+
+        def work(number: int) -> bool:
+            stream = store.stream()
+            wrong, told = set(), {}
+            for place in range(60):
+                hold, _ = take(store, new_key())
+                if place % 5 == number % 5:
+                    hold = replace(hold, nonce=os.urandom(16))
+                    wrong.add(place + 1)
+                stream.begin(Completion(hold, None, LONG))
+                told.update({settled.ticket: settled.durable for settled in stream.poll()})
+            told.update({settled.ticket: settled.durable for settled in stream.settle()})
+            stream.close()
+            return told == {place: place not in wrong for place in range(1, 61)}
+
+        assert race([lambda number=number: work(number) for number in range(5)]) == [True] * 5  # type: ignore[misc]
+
+
+def _holds_of_every_kind(subject: Subject, size: int) -> list[Completion]:
+    """Completions that are right, late, repeated, of another hold, and of records that are over."""
+    store = subject.store
+    holds: list[Hold] = []
+    for number in range(max(size // 10, 1)):
+        late, _ = take(store, new_key(), lease=SHORT)
+        lost, _ = take(store, new_key(), lease=SHORT)
+        holds += [late, lost]
+        done, _ = take(store, new_key(), fingerprint=A)
+        assert complete(store, done, None if number % 2 else b"first")
+        others, _ = take(store, new_key(), fingerprint=A)
+        assert complete(store, others, None if number % 2 else b"first")
+        holds += [replace(others, nonce=os.urandom(16))]
+        given, _ = take(store, new_key())
+        assert release(store, given)
+        mine, _ = take(store, new_key(), fingerprint=B, redrive=number % 2)
+        reserved, _ = take(store, new_key(), reserve=True)
+        good, _ = take(store, new_key())
+        wrong, _ = take(store, new_key())
+        holds += [done, given, mine, reserved, good, replace(wrong, token=wrong.token + 1)]
+        holds += [Hold(new_key(), 1, os.urandom(16)), replace(take(store, new_key())[0], nonce=os.urandom(16))]
+    subject.outlast(SHORT)
+    for lost in holds[1::11]:
+        take(store, lost.key)
+    results = [None, b"", b"\0\xffresult", None]
+    return [Completion(hold, results[number % 4], LONG) for number, hold in enumerate(holds)]
 
 
 def _records_in_every_state(subject: Subject) -> list[ClaimRequest]:
@@ -701,6 +855,7 @@ class SharedContract:
             lambda: store.renew_many([hold], lease=LONG, retention=LONG),
             lambda: store.lookup(hold.key),
             lambda: store.forget(hold.key),
+            lambda: store.complete_many([Completion(hold, None, LONG)]),
         ]
         for call in calls:
             with pytest.raises(StoreUnavailable) as caught:

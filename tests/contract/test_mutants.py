@@ -32,6 +32,7 @@ from idempotent_bus.stores import memory, redis
 CHECKS = (
     suite.StoreContract,
     capabilities.BatchContract,
+    capabilities.CompletionsContract,
     capabilities.LookupContract,
     capabilities.PurgeContract,
     capabilities.ForgetContract,
@@ -293,6 +294,13 @@ MEMORY = [
     Mutant(
         "resolve keeps for ever", "", "entry.kept_until = self._clock() + retention", "pass",
         ("test_resolved_as_done", "test_what_was_resolved_is_purged_in_time"),
+    ),
+    Mutant(
+        "completions together stop at the first that is lost", "",
+        "return [self.complete(one.hold, result=one.result, retention=one.retention) for one in completions]",
+        "done = [self.complete(one.hold, result=one.result, retention=one.retention) for one in completions]\n"
+        "        return [answer and all(done[:at]) for at, answer in enumerate(done)]",
+        ("test_completions_together_agree_with_single_ones",),
     ),
     Mutant(
         "what is held is forgotten", "", "(entry.state in _HELD and entry.lease_ends > now)", "False",

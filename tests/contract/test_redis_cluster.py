@@ -64,6 +64,10 @@ class TestBatch(capabilities.BatchContract):
     """Batches are one script per slot here."""
 
 
+class TestCompletions(capabilities.CompletionsContract):
+    """Completions go one by one here."""
+
+
 class TestLookup(capabilities.LookupContract):
     """Look-ups."""
 

@@ -21,9 +21,10 @@ from suite import abandon, ask, complete, new_key, release, renew, take, won
 
 import servers
 from idempotent_bus.errors import ConfigurationError, StoreUnavailable
-from idempotent_bus.model import Busy, Completed, Hold, Quarantined, State
+from idempotent_bus.model import Busy, Completed, Completion, Hold, Quarantined, Settled, State
 from idempotent_bus.stores import open_store
 from idempotent_bus.stores.redis import RedisStore, open_redis
+from idempotent_bus.stores.redis_stream import RedisStream
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +336,86 @@ def test_a_stalled_server_does_not_hang_and_the_repeat_is_recognised(server: Pri
     claimed = won(store.claim(request))
     assert claimed.attempt == 1
     assert complete(store, Hold(request.key, claimed.token, request.nonce))
+
+
+def test_a_stream_over_a_stalled_server_is_in_doubt(server: PrivateRedis) -> None:
+    """I9, I15: replies that do not come are told as in doubt, never as durable; `complete` then tells the outcome."""
+    store = open_store(server.url + "?socket_timeout=0.2")
+    stream = store.stream()
+    holds = [take(store, new_key())[0] for _ in range(6)]
+    assert stream.begin(Completion(holds[0], None, 600.0)) == 1
+    assert stream.settle() == [Settled(1, True)]
+    server.pause()
+    try:
+        for hold in holds[1:4]:
+            stream.begin(Completion(hold, b"done", 600.0))
+        assert stream.poll() == []
+        assert stream.settle() == [Settled(ticket, None) for ticket in (2, 3, 4)]
+    finally:
+        server.resume()
+    # The server did get to them, or will when they are repeated: either way the same hold hears True.
+    assert [complete(store, hold) for hold in holds[1:4]] == [True] * 3
+    assert store.claim(ask(holds[1].key)) == Completed(b"done")
+    # And the stream goes on, over a new connection.
+    assert stream.begin(Completion(holds[4], None, 600.0)) == 5
+    assert stream.settle() == [Settled(5, True)]
+    stream.close()
+
+
+def test_a_stream_whose_connection_is_cut_is_in_doubt(server: PrivateRedis) -> None:
+    """A connection cut under a stream: what was under way is in doubt, one after the other, and nothing is lost."""
+    store = open_store(server.url)
+    stream = store.stream()
+    holds = [take(store, new_key())[0] for _ in range(20)]
+    for hold in holds[:10]:
+        stream.begin(Completion(hold, None, 600.0))
+    assert [settled.durable for settled in stream.settle()] == [True] * 10
+    server.client.client_kill_filter(_type="normal", skipme=True)
+    for hold in holds[10:]:
+        stream.begin(Completion(hold, None, 600.0))
+    told = stream.settle()
+    assert [settled.ticket for settled in told] == list(range(11, 21))
+    assert told[0].durable is None
+    assert all(complete(store, hold, None) for hold in holds)
+    assert stream.pending == 0
+    stream.close()
+
+
+def test_a_stream_without_its_script_or_its_memory(server: PrivateRedis, store: RedisStore) -> None:
+    """A refusal proves that it was not done: after SCRIPT FLUSH, or on a full server, each is completed all the same."""
+    stream = store.stream()
+    holds = [take(store, new_key())[0] for _ in range(6)]
+    server.client.script_flush()
+    for hold in holds[:3]:
+        stream.begin(Completion(hold, None, 600.0))
+    assert [settled.durable for settled in stream.settle()] == [True] * 3
+    server.client.config_set("maxmemory", 1)
+    try:
+        for hold in holds[3:]:
+            stream.begin(Completion(hold, b"result", 600.0))
+        assert [settled.durable for settled in stream.settle()] == [True] * 3
+    finally:
+        server.client.config_set("maxmemory", 0)
+    stream.close()
+
+
+def test_a_stream_that_takes_silence_for_success_is_noticed(
+    server: PrivateRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control: with a stream that tells True of what was under way, the two checks above fail."""
+
+    def careless(self: RedisStream) -> None:
+        under_way, self._connection = list(self._under_way), None
+        self._under_way.clear()
+        self._ended += [Settled(ticket, True) for ticket, _ in under_way]
+
+    monkeypatch.setattr(RedisStream, "_broken", careless)
+    for check in (
+        test_a_stream_over_a_stalled_server_is_in_doubt,
+        test_a_stream_whose_connection_is_cut_is_in_doubt,
+    ):
+        with pytest.raises(AssertionError):
+            check(server)
 
 
 # --- redis-py's own retries, and forks -------------------------------------------------------------------------

@@ -283,7 +283,28 @@ def cases(upsert: list[Mutant], mysql: list[Mutant]) -> list[Any]:
     ]
 
 
-KILLED = cases(BOTH + UPSERT, BOTH + MYSQL)
+# Many completions are one statement on the servers, and a loop over the single one on SQLite.
+TOGETHER = ("test_completions_together_agree_with_single_ones",)
+MANY = [
+    Mutant("together, the hold is not compared", "postgresql",
+           "AND r.token = a.token AND r.nonce = a.nonce\n  WHERE", "\n  WHERE", TOGETHER),
+    Mutant("together, what is over is completed again", "postgresql",
+           "(SELECT now FROM clock) AND r.state IN (1, 2)", "(SELECT now FROM clock)", TOGETHER),
+    Mutant("together, each has the first one's retention", "postgresql",
+           "clock.now + ours.retention,\n", "clock.now + (SELECT min(retention) FROM ours),\n",
+           ("test_completions_together_keep_their_retention",)),
+    Mutant("together, the hold is not compared", "mysql",
+           "AND r.token = a.token AND r.nonce = a.nonce", "", TOGETHER),
+    Mutant("together, what is over is completed again", "mysql",
+           "WHERE r.kept_until > {now} AND r.state IN (1, 2)", "WHERE r.kept_until > {now}", TOGETHER),
+    Mutant("together, nobody looks whose it is", "mysql", "AND (record_key, token, nonce) IN ({holds})", "", TOGETHER),
+]  # fmt: skip
+KILLED = cases(BOTH + UPSERT, BOTH + MYSQL) + [
+    pytest.param(database, mutant, id=f"{database}-{mutant.name}")
+    for mutant in MANY
+    for database, file in FILES.items()
+    if file == mutant.where
+]
 
 
 class Mutated:

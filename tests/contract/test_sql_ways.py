@@ -44,6 +44,9 @@ MAIN = (
     "test_resolved_as_not_done",
     "test_only_what_is_quarantined_is_resolved",
     "test_what_is_over_is_forgotten",
+    "test_completions_together_agree_with_single_ones",
+    "test_completions_together_race_with_takeovers",
+    "test_what_is_told_is_durable",
 )
 
 USERS = (
@@ -57,6 +60,7 @@ USERS = (
     "test_who_may_quarantine",
     "test_a_quarantine_and_a_takeover_exclude_each_other",
     "test_only_what_is_quarantined_is_resolved",
+    "test_completions_together_agree_with_single_ones",
 )
 
 
@@ -64,6 +68,7 @@ def all_checks() -> tuple[str, ...]:
     owners: Any = (
         suite.StoreContract,
         capabilities.BatchContract,
+        capabilities.CompletionsContract,
         capabilities.LookupContract,
         capabilities.PurgeContract,
         capabilities.ForgetContract,

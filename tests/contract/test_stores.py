@@ -23,6 +23,11 @@ class TestBatch(capabilities.BatchContract):
     """claim_many and renew_many."""
 
 
+@over("completions")
+class TestCompletions(capabilities.CompletionsContract):
+    """complete_many and stream."""
+
+
 @over("lookup")
 class TestLookup(capabilities.LookupContract):
     """lookup."""

@@ -17,12 +17,14 @@ from ..model import (
     ClaimOutcome,
     ClaimRequest,
     Completed,
+    Completion,
     Conflict,
     Hold,
     Quarantined,
     Record,
     State,
 )
+from .streams import DirectStream
 
 __all__ = ["MemoryStore", "open_memory"]
 
@@ -148,6 +150,12 @@ class MemoryStore:
                 entry.result = result
                 entry.kept_until = now + retention
             return True
+
+    def complete_many(self, completions: Sequence[Completion], /) -> list[bool]:
+        return [self.complete(one.hold, result=one.result, retention=one.retention) for one in completions]
+
+    def stream(self) -> DirectStream:
+        return DirectStream(self)
 
     def release(self, hold: Hold, /, *, attempts: int, retention: float) -> bool:
         with self._lock:

@@ -71,13 +71,17 @@ from ..model import (
     ClaimOutcome,
     ClaimRequest,
     Completed,
+    Completion,
     Conflict,
     Hold,
     Quarantined,
     Record,
     State,
 )
+from ..store import CompletionStream
 from .redis_lean import Lean, pack
+from .redis_stream import RedisStream
+from .streams import DirectStream
 
 __all__ = ["RedisStore", "open_redis"]
 
@@ -249,12 +253,52 @@ class RedisStore:
     def complete(self, hold: Hold, /, *, result: bytes | None, retention: float) -> bool:
         for _ in range(_MOVES):
             reply: int = self._run("complete", *self._completion(hold, result, retention))
-            if reply >= 0:
-                if reply > 1:
-                    self._make_room(hold.key[0], fewer=reply == _SPARSE)
-                return reply > 0
-            self._learn(hold.key[0], -reply)
+            done = self._done(hold, reply)
+            if done is not None:
+                return done
         raise StoreUnavailable(_UNSETTLED)
+
+    def _done(self, hold: Hold, reply: int) -> bool | None:
+        """What a reply of complete.lua says; None: nothing yet, and where the record is has been learnt."""
+        if reply < 0:
+            self._learn(hold.key[0], -reply)
+            return None
+        if reply > 1:
+            self._make_room(hold.key[0], fewer=reply == _SPARSE)
+        return reply > 0
+
+    def complete_many(self, completions: Sequence[Completion], /) -> list[bool]:
+        """As `BatchCompletionStore.complete_many`: sent together, waited for once."""
+        stream = self.stream()
+        try:
+            for one in completions:
+                stream.begin(one)
+            settled = stream.settle()
+        finally:
+            stream.close()
+        # In doubt: asked singly, which tells, or raises.
+        return [
+            self.complete(one.hold, result=one.result, retention=one.retention) if how.durable is None else how.durable
+            for one, how in zip(completions, settled, strict=True)
+        ]
+
+    def stream(self) -> CompletionStream:
+        """As `StreamStore.stream`. In Redis Cluster, which has no one connection, each is done while `begin` waits."""
+        if self._lean is None:
+            return DirectStream(self)
+
+        def packed(completion: Completion) -> bytes:
+            if not self._checked:
+                self._refuse_eviction()
+            name = self._scripts("complete").name
+            return pack(name, *self._completion(completion.hold, completion.result, completion.retention))
+
+        return RedisStream(
+            self._client.connection_pool,
+            packed,
+            lambda completion, reply: self._done(completion.hold, reply),
+            lambda completion: self.complete(completion.hold, result=completion.result, retention=completion.retention),
+        )
 
     def _completion(self, hold: Hold, result: bytes | None, retention: float) -> tuple[list[bytes], list[bytes]]:
         """Keys and values for complete.lua."""

@@ -27,10 +27,11 @@ from sqlalchemy.pool import PoolProxiedConnection
 from .. import schema as schema_module
 from ..dialects import is_contention
 from ..errors import StoreUnavailable
-from ..model import NONCE_BYTES, ClaimOutcome, ClaimRequest, Hold, Record, State
+from ..model import NONCE_BYTES, ClaimOutcome, ClaimRequest, Completion, Hold, Record, State
 from ..schema import PREFIX
 from .sql_engine import SOCKET, Watchdog, open_engine
 from .sql_flavours import Flavour, Unsettled, Work, choose, microseconds
+from .streams import GatheringStream
 
 __all__ = ["SQLStore", "open_sql"]
 
@@ -128,14 +129,17 @@ class SQLStore:
         """As `Store.complete`."""
         kept = microseconds(retention)
 
-        def act(flavour: Flavour, work: Work) -> bool:
-            mine = flavour.hold(hold)
-            # Second step only if the first met nothing: a repeat, or a hold that was lost. Completed is final, so that
-            # looking afterwards tells the truth.
-            changed = work.count("complete", **mine, result=result, retention=kept)
-            return changed == 1 or bool(work.rows("completed", **mine))
+        return self._perform(lambda flavour, work: flavour.complete(work, hold, result, kept))
 
-        return self._perform(act)
+    def complete_many(self, completions: Sequence[Completion], /) -> list[bool]:
+        """As `BatchCompletionStore.complete_many`; one transaction."""
+        if not completions:
+            return []
+        return self._perform(lambda flavour, work: flavour.complete_many(work, completions))
+
+    def stream(self) -> GatheringStream:
+        """As `StreamStore.stream`; a thread of its own that shares commits."""
+        return GatheringStream(self)
 
     def release(self, hold: Hold, /, *, attempts: int, retention: float) -> bool:
         """As `Store.release`."""

@@ -10,7 +10,19 @@ from sqlalchemy.engine import Dialect
 
 from .. import schema
 from ..dialects import NOW_US, Statement, compiled, load_texts, quoted
-from ..model import KEY_BYTES, Busy, Claimed, ClaimOutcome, ClaimRequest, Completed, Conflict, Hold, Quarantined, State
+from ..model import (
+    KEY_BYTES,
+    Busy,
+    Claimed,
+    ClaimOutcome,
+    ClaimRequest,
+    Completed,
+    Completion,
+    Conflict,
+    Hold,
+    Quarantined,
+    State,
+)
 
 __all__ = ["Flavour", "Unsettled", "Work", "choose", "microseconds"]
 
@@ -148,6 +160,24 @@ class Flavour:
         }
         return [kept[hold] for hold in holds]
 
+    def complete(self, work: Work, hold: Hold, result: bytes | None, retention: int) -> bool:
+        """As `Store.complete`."""
+        mine = self.hold(hold)
+        # Second step only if the first met nothing: a repeat, or a hold that was lost. Completed is final, so that
+        # looking afterwards tells the truth.
+        changed = work.count("complete", **mine, result=result, retention=retention)
+        return changed == 1 or bool(work.rows("completed", **mine))
+
+    def complete_many(self, work: Work, completions: Sequence[Completion]) -> list[bool]:
+        """As `BatchCompletionStore.complete_many`: one transaction, in key order."""
+        if len(completions) > 1:
+            self._begin(work)
+        done = {
+            one.hold: self.complete(work, one.hold, one.result, microseconds(one.retention))
+            for one in sorted(completions, key=lambda one: one.hold.key)
+        }
+        return [done[one.hold] for one in completions]
+
     def quarantined(self, work: Work, limit: int, after: bytes) -> list[tuple[bytes, Sequence[Any]]]:
         """As `QuarantineStore.quarantined`: each key, and the columns that `lookup` gives."""
         first = _behind(after)
@@ -268,6 +298,22 @@ class PostgreSQL(Flavour):
         kept = {Hold(_bytes(row[0]), row[1], _bytes(row[2])) for row in rows}
         return [hold in kept for hold in holds]
 
+    def complete_many(self, work: Work, completions: Sequence[Completion]) -> list[bool]:
+        if len(completions) == 1:
+            return super().complete_many(work, completions)
+        rows = work.rows(
+            "complete_many",
+            keys=[one.hold.key.hex() for one in completions],
+            tokens=[one.hold.token for one in completions],
+            nonces=[one.hold.nonce.hex() for one in completions],
+            results=[one.result for one in completions],
+            retentions=[microseconds(one.retention) for one in completions],
+        )
+        changed = {_bytes(row[0]) for row in rows}
+        # What was not changed was completed before by the same hold, or is another's: completed is final, so that
+        # looking afterwards tells the truth.
+        return [one.hold.key in changed or bool(work.rows("completed", **self.hold(one.hold))) for one in completions]
+
 
 class MariaDB(Flavour):
     """MariaDB: one statement that answers with the record, whoever holds it now."""
@@ -307,6 +353,8 @@ class MariaDB(Flavour):
             text = self.texts[name]
             text = text.replace("{rows}", ", ".join(self.texts["row"].replace("#", str(i)) for i in range(size)))
             text = text.replace("{keys}", ", ".join(f":key_{i}" for i in range(size)))
+            for word, block, between in (("{asked}", "asked_one", " UNION ALL "), ("{holds}", "one_hold", ", ")):
+                text = text.replace(word, between.join(self.texts[block].replace("#", str(i)) for i in range(size)))
             found = self._by_size[name, size] = compiled(text, self.dialect)
         return found
 
@@ -320,6 +368,23 @@ class MariaDB(Flavour):
         if refused is None:
             raise Unsettled
         return refused
+
+    def complete_many(self, work: Work, completions: Sequence[Completion]) -> list[bool]:
+        if len(completions) == 1:
+            return super().complete_many(work, completions)
+        asked = sorted(completions, key=lambda one: one.hold.key)
+        work.begin()
+        done: set[bytes] = set()
+        for start in range(0, len(asked), _CHUNK):
+            some = asked[start : start + _CHUNK]
+            numbered: dict[str, Any] = {}
+            for number, one in enumerate(some):
+                mine = {**self.hold(one.hold), "result": one.result, "retention": microseconds(one.retention)}
+                numbered |= {f"{name}_{number}": value for name, value in mine.items()}
+            work.count(self._sized("complete_many", len(some)), **numbered)
+            holds = {name: value for name, value in numbered.items() if name.startswith(("key_", "token_", "nonce_"))}
+            done |= {_bytes(row[0]) for row in work.rows(self._sized("completed_many", len(some)), **holds)}
+        return [one.hold.key in done for one in completions]
 
     def purge(self, work: Work, limit: int) -> int:
         work.begin()

@@ -75,6 +75,23 @@ UPDATE {records}
 SET state = 3, result = :result, kept_until = {now} + :retention, purge_after = LEAST(purge_after, {now} + :retention)
 WHERE record_key = :key AND token = :token AND nonce = :nonce AND kept_until > {now} AND state IN (1, 2);
 
+-- name: complete_many
+-- As `complete`, for many; `completed_many` in the same transaction tells which are completed by their holds.
+UPDATE {records} AS r JOIN ({asked}) AS a ON r.record_key = a.record_key AND r.token = a.token AND r.nonce = a.nonce
+SET r.state = 3, r.result = a.result, r.kept_until = {now} + a.retention,
+    r.purge_after = LEAST(r.purge_after, {now} + a.retention)
+WHERE r.kept_until > {now} AND r.state IN (1, 2);
+
+-- name: asked_one
+SELECT :key_# AS record_key, :token_# AS token, :nonce_# AS nonce, :result_# AS result, :retention_# AS retention
+
+-- name: completed_many
+SELECT record_key FROM {records}
+WHERE record_key IN ({keys}) AND (record_key, token, nonce) IN ({holds}) AND kept_until > {now} AND state = 3;
+
+-- name: one_hold
+(:key_#, :token_#, :nonce_#)
+
 -- name: completed
 SELECT 1 FROM {records}
 WHERE record_key = :key AND token = :token AND nonce = :nonce AND kept_until > {now} AND state = 3;

@@ -107,6 +107,24 @@ FROM (SELECT {now} AS now) AS clock
 WHERE record_key = CAST(:key AS uuid) AND token = :token AND nonce = CAST(:nonce AS uuid)
   AND kept_until > clock.now AND state IN (1, 2);
 
+-- name: complete_many
+-- The keys that were completed now. Locked in order first, as by `renew_many`.
+WITH clock AS MATERIALIZED (SELECT {now} AS now),
+ours AS MATERIALIZED (
+  SELECT r.record_key, a.result, a.retention
+  FROM unnest(CAST(:keys AS uuid[]), CAST(:tokens AS bigint[]), CAST(:nonces AS uuid[]), CAST(:results AS bytea[]),
+              CAST(:retentions AS bigint[])) AS a (record_key, token, nonce, result, retention)
+  JOIN {records} AS r ON r.record_key = a.record_key AND r.token = a.token AND r.nonce = a.nonce
+  WHERE r.kept_until > (SELECT now FROM clock) AND r.state IN (1, 2)
+  ORDER BY r.record_key
+  FOR UPDATE OF r)
+UPDATE {records} AS r
+SET state = 3, result = ours.result, kept_until = clock.now + ours.retention,
+    purge_after = least(purge_after, clock.now + ours.retention)
+FROM ours, clock
+WHERE r.record_key = ours.record_key
+RETURNING r.record_key;
+
 -- name: completed
 SELECT 1 FROM {records}
 WHERE record_key = CAST(:key AS uuid) AND token = :token AND nonce = CAST(:nonce AS uuid)

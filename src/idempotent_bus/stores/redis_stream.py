@@ -1,0 +1,127 @@
+"""Completions that are sent to Redis at once and not waited for, over one connection of the client's own pool.
+
+Replies come in the order of the sends, so the connection is the order of the tickets. When it breaks, every completion
+that was under way is in doubt, and is told as that; the next one goes over a new connection. A refusal (a bucket that
+moved, a script that is not known, a server that is full) proves that this one was not done: it is asked again, singly.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from redis.connection import ConnectionPool
+from redis.exceptions import RedisError, ResponseError
+
+from ..errors import StoreError
+from ..model import Completion, Settled
+
+__all__ = ["RedisStream"]
+
+#: Completions under way at most: beyond them `begin` waits, or two full buffers would wait for each other.
+_MOST = 1000
+
+
+class RedisStream:
+    """A `CompletionStream` over one connection. For one thread at a time.
+
+    pool: gives the connection, at the first completion. packed: the command for a completion. accept: what its reply
+    means, or None if it must be asked singly. singly: `complete`, as the store does it otherwise.
+    """
+
+    def __init__(
+        self,
+        pool: ConnectionPool,
+        packed: Callable[[Completion], bytes],
+        accept: Callable[[Completion, int], bool | None],
+        singly: Callable[[Completion], bool],
+    ) -> None:
+        self._pool: Any = pool  # Any: redis-py types its connections for the sync and the async client at once
+        self._packed = packed
+        self._accept = accept
+        self._singly = singly
+        self._connection: Any = None
+        self._begun = 0
+        self._under_way: deque[tuple[int, Completion]] = deque()
+        self._ended: list[Settled] = []
+
+    @property
+    def pending(self) -> int:
+        return len(self._under_way) + len(self._ended)
+
+    def begin(self, completion: Completion, /) -> int:
+        self._begun += 1
+        ticket = self._begun
+        while len(self._under_way) >= _MOST:
+            self._read_one()
+        self._under_way.append((ticket, completion))
+        try:
+            connection = self._connection
+            if connection is None:
+                connection = self._connection = self._pool.get_connection()
+            connection.send_packed_command((self._packed(completion),), check_health=False)
+        except (RedisError, OSError):
+            self._broken()
+        except BaseException:
+            self._broken()  # a signal in the middle of a send: what the server has is unknown
+            raise
+        return ticket
+
+    def poll(self, timeout: float = 0.0) -> list[Settled]:
+        while self._under_way and self._readable(0.0 if self._ended else timeout):
+            self._read_one()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def settle(self) -> list[Settled]:
+        while self._under_way:
+            self._read_one()
+        return self.poll()
+
+    def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            if self._under_way:
+                connection.disconnect()  # their replies must not be taken for those of others
+                self._under_way.clear()
+            self._pool.release(connection)
+
+    def _readable(self, timeout: float) -> bool:
+        try:
+            return bool(self._connection.can_read(timeout=timeout))
+        except (RedisError, OSError):
+            self._broken()
+            return False
+
+    def _read_one(self) -> None:
+        """Read the reply of the first that is under way."""
+        ticket, completion = self._under_way[0]
+        durable: bool | None = None
+        try:
+            reply = self._connection.read_response(disable_decoding=True)
+        except ResponseError:
+            reply = None
+        except (RedisError, OSError):
+            self._broken()
+            return
+        except BaseException:
+            self._broken()
+            raise
+        self._under_way.popleft()
+        if reply is not None:
+            durable = self._accept(completion, reply)
+        if durable is None:
+            with suppress(StoreError):
+                durable = self._singly(completion)
+        self._ended.append(Settled(ticket, durable))
+
+    def _broken(self) -> None:
+        """The connection is gone, or what it would say next is unknown: all that was under way is in doubt."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.disconnect()
+            self._pool.release(connection)
+        self._ended += [Settled(ticket, None) for ticket, _ in self._under_way]
+        self._under_way.clear()
