@@ -32,9 +32,10 @@ from .errors import InDoubt, StoreError
 from .events import Event, EventKind, Notify
 from .execution import LeasedExecution, running
 from .failing import Failing
+from .finishing import UNDER_WAY, Finish, Finishing, Streams
 from .hooks import ACK, COMPLETE, DEAD_LETTER, HANDLER, PROBE, QUARANTINE, RENEW, WAIT, Step, direct
 from .lease import LeaseKeeper, keeper_for
-from .model import Busy, Claimed, Completed, Conflict, Hold, Quarantined, Reason
+from .model import Busy, Claimed, Completed, Completion, Conflict, Hold, Quarantined, Reason
 from .policy import Policy
 from .results import MAX_RESULT_BYTES, decode_result, encode_result, last_line
 from .store import QuarantineStore, Store
@@ -90,13 +91,14 @@ class Executor:
         self._step = step
         self._wall = wall
         self._failing = Failing(policy, draw, lambda: self._wall())
+        self._streams = Streams()
         self._doubtful: tuple[type[BaseException], ...] = (InDoubt, *policy.in_doubt)
         #: Why messages are to die whose dead letter could not be written yet: the store keeps only that they are.
         self._unmoved: dict[bytes, tuple[Reason, str, int]] = {}
 
     def handle(self, work: Work) -> Ending:
         """Claim singly and handle one delivery; settles it, whatever happens, unless the broker's connection fails."""
-        return self._dispatch(work, self._claims.singly(work))
+        return self._dispatch(work, self._claims.singly(work), self.finish)
 
     def handle_window(self, works: Sequence[Work]) -> list[Ending]:
         """Handle deliveries that are already here, claiming first deliveries together in one round trip.
@@ -107,6 +109,8 @@ class Executor:
         """
         claims = self._claims
         ahead = claims.together(works)
+        streamed = self._streamed() if len(works) > 1 else None
+        finish = self.finish if streamed is None else streamed.begin
         endings: list[Ending] = []
         silent = False
         try:
@@ -117,20 +121,62 @@ class Executor:
                         claims.remember(claim.request)
                     endings.append(self._in_doubt(work))
                     continue
+                if streamed is not None:
+                    streamed.make_room(work.key)
                 if claim is None:
                     claim = claims.singly(work)
                 elif claim.outcome is None or claims.is_late(claim):
                     # Its reply was lost, or neighbours took long: asking again with the same nonce tells whether
                     # it is ours.
                     claim = claims.singly(work, claim.request)
-                ending = self._dispatch(work, claim)
+                ending = self._dispatch(work, claim, finish)
                 silent = ending.how is Ended.IN_DOUBT and bool(claims.silence)
                 endings.append(ending)
+            if streamed is not None:
+                streamed.settle()
         except BaseException:
             for claim in ahead.values():
                 claims.give_back(claim)
+            if streamed is not None:
+                streamed.leave()
             raise
+        if streamed is not None:
+            return [  # by place: going through the works may end with an error
+                streamed.ended(works[index]) if ending is UNDER_WAY else ending for index, ending in enumerate(endings)
+            ]
         return endings
+
+    def _streamed(self) -> Finishing | None:
+        """For a window: its completions, if the store can take them without being waited for."""
+        if self._manual:
+            return None
+        try:
+            stream = self._streams.of(self._claims.store())
+        except StoreError:
+            return None  # claiming will meet the same error, and answers it
+        if stream is None:
+            return None
+        return Finishing(
+            stream,
+            completion=self._completion,
+            conclude=self._conclude,
+            finish=self.finish,
+            clock=self._clock,
+            step=self._step,
+        )
+
+    def _completion(self, execution: LeasedExecution, value: Any) -> Completion:
+        self._keeper.remove(execution)  # before, so that a renewal which meets the completed record is no lost lease
+        result = encode_result(value, execution.scope, self._max_result)
+        return Completion(execution.hold, result, execution.retention)
+
+    def _conclude(self, execution: LeasedExecution, value: Any) -> Ending:
+        """Its completion is durable: note it, and ack."""
+        with execution.lock:
+            if execution.completed is None:
+                execution.completed = Ending(Ended.COMPLETED, value)
+                self._tell(EventKind.COMPLETED, execution.work, execution)
+            return self.finish(execution, value)
 
     def refuse(self, scope: str, settle: Settlement, reason: Reason, error: str) -> Ending:
         """Dead-letter a message that has no usable identity, and therefore no record."""
@@ -141,10 +187,10 @@ class Executor:
 
     # --- what a claim says ----------------------------------------------------------------------------
 
-    def _dispatch(self, work: Work, claim: Claim) -> Ending:
+    def _dispatch(self, work: Work, claim: Claim, finish: Finish) -> Ending:
         outcome = claim.outcome
         if isinstance(outcome, Claimed):
-            return self._claimed(work, claim, outcome)
+            return self._claimed(work, claim, outcome, finish)
         if outcome is None:
             return self._in_doubt(work)
         if isinstance(outcome, Completed):
@@ -160,7 +206,7 @@ class Executor:
         self._tell(EventKind.CONFLICTED, work)
         return self._bury(work, None, Reason.CONFLICT, f"the biz-id is {outcome.state.name.lower()} with another body")
 
-    def _claimed(self, work: Work, claim: Claim, outcome: Claimed) -> Ending:
+    def _claimed(self, work: Work, claim: Claim, outcome: Claimed, finish: Finish) -> Ending:
         hold, attempt = claim.hold, outcome.attempt
         execution = LeasedExecution(
             work,
@@ -177,7 +223,7 @@ class Executor:
         if outcome.taken_over:
             self._tell(EventKind.ABANDONED, work, execution)
             if self.policy.on_abandoned != "rerun":
-                return self._abandoned(work, execution)
+                return self._abandoned(work, execution, finish)
         elif attempt == 1 and self._failing.is_too_old(work):
             # No record is there, or one that was never started: it may be new, or done and forgotten.
             return self._bury(work, hold, Reason.TOO_OLD, "older than the retention, so it may have been done before")
@@ -188,10 +234,10 @@ class Executor:
             # It has failed before, or it came back after its reservation was in doubt: no first delivery. On a
             # reservation a run whose worker dies is not counted; one such run is what the bound has room for (I12).
             self._claims.give_back(claim)
-            return self._dispatch(work, self._claims.singly(work))
-        return self._run(work, execution)
+            return self._dispatch(work, self._claims.singly(work), finish)
+        return self._run(work, execution, finish)
 
-    def _abandoned(self, work: Work, execution: LeasedExecution) -> Ending:
+    def _abandoned(self, work: Work, execution: LeasedExecution, finish: Finish) -> Ending:
         probe = self.policy.on_abandoned
         if not callable(probe):
             return self._quarantine(work, execution)
@@ -226,7 +272,7 @@ class Executor:
         if execution.attempt > self.policy.most_attempts:
             self._keeper.remove(execution)
             return self._bury(work, execution.hold, Reason.ATTEMPTS, "the attempts are used up", execution.attempt - 1)
-        return self._run(work, execution)
+        return self._run(work, execution, finish)
 
     def _quarantine(self, work: Work, execution: LeasedExecution) -> Ending:
         attempts = execution.attempt - 1
@@ -248,7 +294,7 @@ class Executor:
 
     # --- running -------------------------------------------------------------------------------------
 
-    def _run(self, work: Work, execution: LeasedExecution) -> Ending:
+    def _run(self, work: Work, execution: LeasedExecution, finish: Finish) -> Ending:
         self._tell(EventKind.CLAIMED, work, execution)
         self._keeper.add(execution)
         context = running.set(execution)
@@ -274,7 +320,7 @@ class Executor:
             return execution.ending
         if self._manual and execution.completed is None:
             return Ending(Ended.OPEN)  # its lease is renewed until the business calls `complete` or `fail`
-        return self.finish(execution, value)
+        return finish(execution, value)
 
     def finish(self, execution: LeasedExecution, value: Any, /) -> Ending:
         """Complete, then ack. Repeats the completion for a lease's time if its outcome is unknown.

@@ -18,6 +18,8 @@ CLAIM: Final = "claim"
 HANDLER: Final = "handler"
 RENEW: Final = "renew"
 COMPLETE: Final = "complete"
+#: A window's completions are sent by COMPLETE without waiting, and their answers read by this.
+DURABLE: Final = "durable"
 RELEASE: Final = "release"
 DEAD_LETTER: Final = "dead_letter"
 WAIT: Final = "wait"
@@ -31,7 +33,10 @@ QUARANTINE: Final = "quarantine"
 READ: Final = "read"
 CONFIRM: Final = "confirm"
 MARK: Final = "mark"
-STEPS: Final = (PUBLISH, CLAIM, HANDLER, RENEW, COMPLETE, RELEASE, DEAD_LETTER, WAIT, ACK, COMMIT, READ, CONFIRM, MARK)
+STEPS: Final = (
+    *(PUBLISH, CLAIM, HANDLER, RENEW, COMPLETE, DURABLE, RELEASE, DEAD_LETTER, WAIT, ACK, COMMIT),
+    *(READ, CONFIRM, MARK),
+)
 
 
 class Step(Protocol):

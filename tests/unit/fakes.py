@@ -8,10 +8,10 @@ from typing import Any
 
 from idempotent_bus.errors import StoreUnavailable
 from idempotent_bus.executor import Executor
-from idempotent_bus.hooks import ABANDON, CLAIM, COMPLETE, QUARANTINE, RELEASE, RENEW
+from idempotent_bus.hooks import ABANDON, CLAIM, COMPLETE, DURABLE, QUARANTINE, RELEASE, RENEW
 from idempotent_bus.identity import record_key
 from idempotent_bus.lease import LeaseKeeper
-from idempotent_bus.model import Hold, Reason, Record
+from idempotent_bus.model import Completion, Hold, Reason, Record, Settled
 from idempotent_bus.policy import Backoff, Policy
 from idempotent_bus.store import Store
 from idempotent_bus.stores.memory import MemoryStore
@@ -19,7 +19,7 @@ from idempotent_bus.testing import ManualClock
 from idempotent_bus.work import Ending, Work
 
 SCOPE = "cards.issue"
-STORE_STEPS = (CLAIM, RENEW, COMPLETE, RELEASE, ABANDON, QUARANTINE)
+STORE_STEPS = (CLAIM, RENEW, COMPLETE, DURABLE, RELEASE, ABANDON, QUARANTINE)
 
 #: What a script does at a step, given the call that the step would make.
 Action = Callable[[Callable[[], Any]], Any]
@@ -100,6 +100,40 @@ class Delivery:
         return self.answers[0]
 
 
+class LateStream:
+    """A stream that has done nothing until it is settled. says: what it tells; only with True it completes."""
+
+    def __init__(self, store: Store, says: bool | None) -> None:
+        self._store = store
+        self._says = says
+        self._begun: list[Completion] = []
+        self._told = 0
+
+    @property
+    def pending(self) -> int:
+        return len(self._begun)
+
+    def begin(self, completion: Completion) -> int:
+        self._begun.append(completion)
+        return self._told + len(self._begun)
+
+    def poll(self, timeout: float = 0.0) -> list[Settled]:
+        return []
+
+    def settle(self) -> list[Settled]:
+        begun, self._begun = self._begun, []
+        settled = []
+        for completion in begun:
+            self._told += 1
+            says = self._says
+            if says:
+                says = self._store.complete(completion.hold, result=completion.result, retention=completion.retention)
+            settled.append(Settled(self._told, says))
+        return settled
+
+    def close(self) -> None: ...
+
+
 class SingleStore:
     """A store without batches: the four verbs of another, and nothing else."""
 
@@ -133,6 +167,12 @@ class Bench:
             step=self.steps,
             **options,
         )
+
+    def stream_late(self, says: bool | None = True) -> LateStream:
+        """From now on the store's completions are done when they are settled, and not before."""
+        late = LateStream(self.memory, says)
+        self.memory.stream = lambda: late  # type: ignore[method-assign,assignment]  # for this bench only
+        return late
 
     def work(self, run: Callable[[], Any] = lambda: None, biz_id: str = "b-1", **changes: Any) -> Work:
         values = {"settle": Delivery(), "key": record_key(SCOPE, biz_id), **changes}

@@ -14,7 +14,7 @@ from fakes import SCOPE, Bench, Delivery, Killed, SingleStore, Steps, answers, h
 
 from idempotent_bus.errors import HandlerAcknowledged, LeaseLost, NoExecution, Permanent, StoreUnavailable
 from idempotent_bus.execution import LeasedExecution, current_execution
-from idempotent_bus.hooks import ABANDON, ACK, CLAIM, COMPLETE, DEAD_LETTER, HANDLER, RELEASE, RENEW, WAIT
+from idempotent_bus.hooks import ABANDON, ACK, CLAIM, COMPLETE, DEAD_LETTER, DURABLE, HANDLER, RELEASE, RENEW, WAIT
 from idempotent_bus.identity import record_key
 from idempotent_bus.model import Reason, State
 from idempotent_bus.results import MAX_RESULT_BYTES
@@ -739,11 +739,11 @@ def test_a_killed_process_does_not_release_what_it_completed(bench: Bench) -> No
 
 
 def test_first_deliveries_are_claimed_in_one_step(bench: Bench) -> None:
-    """One round trip for the whole window; then each runs, completes and is acked in its turn."""
+    """One round trip for the whole window; each completion leaves at once, and the acks follow when all are durable."""
     works = [bench.work(lambda n=n: n, str(n)) for n in range(4)]
     endings = bench.executor().handle_window(works)
     assert [ending.value for ending in endings] == [0, 1, 2, 3]
-    assert bench.steps.passed == [CLAIM] + [HANDLER, COMPLETE, ACK] * 4
+    assert bench.steps.passed == [CLAIM] + [HANDLER, COMPLETE] * 4 + [DURABLE] + [ACK] * 4
     assert answers(works) == ["ack"] * 4
 
 
@@ -850,15 +850,17 @@ def test_the_store_is_down_for_a_whole_window(bench: Bench) -> None:
     assert hows(executor.handle_window(again)) == ["completed"] * 3
 
 
-@pytest.mark.parametrize("cut", [Killed, KeyboardInterrupt, "ack"])
+@pytest.mark.parametrize("cut", [Killed, KeyboardInterrupt, "wait"])
 def test_reservations_are_given_back_when_the_window_is_cut_short(bench: Bench, cut: Any) -> None:
-    """What never started costs no attempt and blocks nobody, whether the process stops or the connection breaks."""
+    """What never started costs no attempt and blocks nobody, whether the process stops or the connection breaks.
+
+    What had succeeded before is acked all the same (I4)."""
 
     def second() -> None:
-        if cut == "ack":
-            bench.steps.error(ACK)
-        else:
-            raise cut
+        if cut == "wait":
+            bench.steps.error(WAIT)
+            raise ValueError
+        raise cut
 
     works = [bench.work(second if n == 1 else lambda: None, str(n)) for n in range(4)]
     with pytest.raises((ConnectionError, Killed, KeyboardInterrupt)):
@@ -868,6 +870,54 @@ def test_reservations_are_given_back_when_the_window_is_cut_short(bench: Bench, 
     other = Bench()
     other.clock, other.memory, other.store = bench.clock, bench.memory, bench.memory
     assert other.executor().handle(other.work(lambda: current_execution().attempt, "3")).value == 1
+
+
+def test_a_connection_that_breaks_at_an_ack_loses_no_completion(bench: Bench) -> None:
+    """I4/I8: all of the window is completed; what could not be acked comes back, and its record answers."""
+    works = [bench.work(lambda n=n: n, str(n)) for n in range(3)]
+    bench.steps.error(ACK)
+    with pytest.raises(ConnectionError):
+        bench.executor().handle_window(works)
+    assert [state(bench, str(n)) for n in range(3)] == [State.COMPLETED] * 3
+    assert answers(works)[0] == ""
+    again = bench.work(boom, "0")
+    assert bench.executor().handle(again).how is Ended.REPLAYED
+
+
+def test_a_second_copy_in_the_window_waits_for_the_first_ones_completion(bench: Bench) -> None:
+    """I8: the copy is a replay, not busy: what is under way for its record is settled before it is claimed."""
+    bench.stream_late()
+    works = [bench.work(lambda: "once", "p-1"), bench.work(boom, "p-1"), bench.work(lambda: None, "p-2")]
+    endings = bench.executor().handle_window(works)
+    assert hows(endings) == ["completed", "replayed", "completed"]
+    assert endings[1].value == "once"
+
+
+def test_no_handler_starts_with_too_many_completions_under_way(bench: Bench) -> None:
+    """At most 50 effects are ahead of their durable completions, and none by more than a second."""
+    stream = bench.stream_late()
+    most = 0
+
+    def look(slow: float) -> None:
+        nonlocal most
+        most = max(most, stream.pending)
+        bench.clock.advance(slow)
+
+    bench.executor().handle_window([bench.work(lambda: look(0.0), str(n)) for n in range(120)])
+    assert most == 49, "the fiftieth is begun by the handler that is looking"
+    most = 0
+    bench.executor().handle_window([bench.work(lambda: look(0.6), f"slow-{n}") for n in range(6)])
+    assert most <= 2
+
+
+@pytest.mark.parametrize("durable", [False, None])
+def test_what_the_stream_does_not_call_durable_is_asked_again(bench: Bench, durable: bool | None) -> None:
+    """I4/I15: nothing is acked on the stream's word alone unless that is yes; `complete` with the same hold tells."""
+    bench.stream_late(durable)
+    works = [bench.work(lambda n=n: n, str(n)) for n in range(3)]
+    assert hows(bench.executor().handle_window(works)) == ["completed"] * 3
+    assert answers(works) == ["ack"] * 3
+    assert [state(bench, str(n)) for n in range(3)] == [State.COMPLETED] * 3
 
 
 def test_giving_back_is_tried_for_each(bench: Bench) -> None:

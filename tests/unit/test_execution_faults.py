@@ -20,7 +20,8 @@ from fakes import SCOPE, Killed, trouble
 from idempotent_bus import claims, execution, executor
 from idempotent_bus.execution import LeasedExecution, current_execution
 from idempotent_bus.executor import Executor
-from idempotent_bus.hooks import ACK, CLAIM, COMPLETE, DEAD_LETTER, HANDLER, RELEASE, RENEW, WAIT
+from idempotent_bus.finishing import Finish
+from idempotent_bus.hooks import ACK, CLAIM, COMPLETE, DEAD_LETTER, DURABLE, HANDLER, RELEASE, RENEW, WAIT
 from idempotent_bus.identity import record_key
 from idempotent_bus.lease import LeaseKeeper
 from idempotent_bus.model import Reason, State
@@ -301,7 +302,7 @@ def test_every_pair_of_faults(name: str) -> None:
 def test_the_faults_reach_every_step() -> None:
     """The scenarios pass every step that the core has: a step that none of them reached would not be tested."""
     passed = {step for name in SCENARIOS for world in singles(SCENARIOS[name]) for step in world.passed}
-    assert passed == {CLAIM, HANDLER, RENEW, COMPLETE, RELEASE, DEAD_LETTER, WAIT, ACK}
+    assert passed == {CLAIM, HANDLER, RENEW, COMPLETE, DURABLE, RELEASE, DEAD_LETTER, WAIT, ACK}
 
 
 def test_an_excuse_is_really_needed() -> None:
@@ -338,9 +339,9 @@ class AcksInDoubt(Executor):
 class MarksFirst(Executor):
     """Completes before the handler runs: what raises then is never done."""
 
-    def _run(self, work: Work, execution: LeasedExecution) -> Ending:
+    def _run(self, work: Work, execution: LeasedExecution, finish: Finish) -> Ending:
         self._step(COMPLETE, self._claims.store().complete, execution.hold, result=None, retention=600.0)
-        return super()._run(work, execution)
+        return super()._run(work, execution, finish)
 
 
 class RunsInDoubt(Executor):

@@ -1,0 +1,140 @@
+"""A window's completions: sent at once, not waited for, and acked once they are durable.
+
+A handler's completion leaves as soon as it has returned, so the time between an effect and its completion being on its
+way is what it is for a single message. What is not waited for is the answer: it is read when the window is through, or
+before another handler starts while too many are under way. Only then is the message acked (I4). What the stream cannot
+tell clearly is asked again the ordinary way, which repeats `complete` with the same hold until it tells (I15).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+from .errors import StoreError
+from .execution import LeasedExecution
+from .hooks import COMPLETE, DURABLE, Step
+from .model import Completion, Settled
+from .store import CompletionStream, StreamStore
+from .work import Ended, Ending, Work
+
+__all__ = ["UNDER_WAY", "Finish", "Finishing", "Streams"]
+
+#: What a handler's run ends with while its completion is under way.
+UNDER_WAY: Final = Ending(Ended.OPEN)
+#: No handler starts with more completions under way, or with one that is under way for so many seconds.
+_MOST: Final = 50
+_LONGEST: Final = 1.0
+
+Finish = Callable[[LeasedExecution, Any], Ending]
+
+
+class Streams:
+    """The streams of one executor: one for each thread of each process. Safe for threads."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def of(self, store: object) -> CompletionStream | None:
+        """This thread's stream; None if the store has none."""
+        if not isinstance(store, StreamStore):
+            return None
+        mine = getattr(self._local, "mine", None)
+        if mine is None or mine[0] != os.getpid() or mine[1] is not store:
+            mine = self._local.mine = (os.getpid(), store, store.stream())
+        stream: CompletionStream = mine[2]
+        return stream
+
+
+class Finishing:
+    """The completions of one window. For one thread.
+
+    completion: what is sent for an execution that returned this, once it is renewed no more. conclude: notes that it is
+    durable, and acks. finish: completes and acks the ordinary way.
+    """
+
+    def __init__(
+        self,
+        stream: CompletionStream,
+        *,
+        completion: Callable[[LeasedExecution, Any], Completion],
+        conclude: Finish,
+        finish: Finish,
+        clock: Callable[[], float],
+        step: Step,
+    ) -> None:
+        self._stream = stream
+        self._completion = completion
+        self._conclude = conclude
+        self._finish = finish
+        self._clock = clock
+        self._step = step
+        #: By ticket, in their order: the execution, what it returned, and when its completion left.
+        self._under_way: dict[int, tuple[LeasedExecution, Any, float]] = {}
+        self._keys: set[bytes] = set()
+        self._ended: dict[Work, Ending] = {}
+
+    def begin(self, execution: LeasedExecution, value: Any, /) -> Ending:
+        """Send the completion. UNDER_WAY, or how it ended if that is known at once."""
+        with execution.lock:
+            if execution.completed is not None:  # by the handler itself
+                return self._finish(execution, value)
+            try:
+                ticket = self._step(COMPLETE, self._stream.begin, self._completion(execution, value))
+            except StoreError:  # an injected fault: a stream raises nothing
+                return self._finish(execution, value)
+        self._under_way[ticket] = execution, value, self._clock()
+        self._keys.add(execution.hold.key)
+        return UNDER_WAY
+
+    def make_room(self, key: bytes) -> None:
+        """Before a message is handled: wait until few enough completions are under way, and none for long.
+
+        key: the message's record. If its own completion is under way, the claim would find it busy.
+        """
+        while self._under_way:
+            since = next(iter(self._under_way.values()))[2]
+            if len(self._under_way) < _MOST and self._clock() - since < _LONGEST and key not in self._keys:
+                return
+            self._take(self._answers())
+
+    def settle(self) -> None:
+        """Wait for all that are under way, and ack what is durable."""
+        while self._under_way:
+            self._take(self._answers())
+
+    def ended(self, work: Work) -> Ending:
+        """How one that was under way has ended, after `settle`."""
+        return self._ended[work]
+
+    def leave(self) -> None:
+        """The window was ended by an error: ack what is durable, if the broker is there, and leave nothing unread."""
+        with contextlib.suppress(Exception):  # what ended the window is what counts
+            self.settle()
+        self._under_way.clear()
+        self._stream.settle()
+
+    def _answers(self) -> list[Settled]:
+        try:
+            return self._step(DURABLE, self._stream.settle)
+        except StoreError:  # an injected fault: a stream raises nothing
+            return []
+
+    def _take(self, settled: list[Settled]) -> None:
+        for one in settled:
+            known = self._under_way.pop(one.ticket, None)
+            if known is None:
+                continue  # its `begin` was reported as failed, and it was finished the ordinary way
+            execution, value, _ = known
+            self._keys.discard(execution.hold.key)
+            act = self._conclude if one.durable else self._finish
+            self._ended[execution.work] = act(execution, value)
+        if not settled:
+            # It tells nothing of them: nothing may be taken for durable.
+            for execution, value, _ in list(self._under_way.values()):
+                self._ended[execution.work] = self._finish(execution, value)
+            self._under_way.clear()
+            self._keys.clear()
