@@ -105,6 +105,7 @@ class Outbox:
         texts = {name: load(self._tables, dialect()) for name, dialect in _DIALECTS.items()}
         self._texts = {name: of["add"] for name, of in texts.items()}
         self._plain = {name: of["add_plain"] for name, of in texts.items()}
+        self._checked = False
         if engine is not None and create:
             # Here rather than at the first `add`: then a transaction is open, and where the pool has one connection
             # only (SQLite in memory) a CREATE would run within it, and its COMMIT would be yours.
@@ -151,11 +152,15 @@ class Outbox:
         declare: a queue that the relay declares first, with its exchange and binding.
 
         Other keywords are those of `IdempotentProducer.publish`, message properties among them. Raises
-        ConfigurationError (for a connection in autocommit, too), InvalidBizId, InvalidBody or NoExecution before
-        anything is added, and what the connection raises.
+        ConfigurationError (for a connection in autocommit, too, and on MySQL and MariaDB for a table in an engine
+        without transactions), InvalidBizId, InvalidBody or NoExecution before anything is added, and what the
+        connection raises.
         """
         link = link_to(connection)
         link.check_transaction()
+        if link.database == "mysql" and not self._checked:
+            schema.refuse_engines(link.run(schema.engines_query(self._tables), {})[0])
+            self._checked = True
         spec = self._biz_id if biz_id is None else biz_id
         if spec is not None and (isinstance(spec, str) or callable(spec)):  # else the inner-msg-id is the id
             extract_biz_id(spec, body)

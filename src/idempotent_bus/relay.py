@@ -419,6 +419,9 @@ class Relay:
         if self._create:
             schema.create(self._engine, self._tables)
             self._create = False
+        elif self._rows is None:
+            with self._engine.connect() as connection:
+                schema.check_engines(connection, self._tables)
         connection = self._engine.connect()
         if connection.dialect.name != "sqlite":
             # Others than this lock the gaps in which rows are being added, or refuse what was changed meanwhile.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -20,8 +20,8 @@ from .dialects import Blob, Digest, quoted
 from .errors import ConfigurationError
 from .model import FINGERPRINT_BYTES, KEY_BYTES, NONCE_BYTES
 
-__all__ = ["PARTS", "PREFIX", "create", "ddl", "inbox", "metadata", "missing", "one_at_a_time", "outbox", "records"]
-__all__ += ["statements", "tokens"]
+__all__ = ["PARTS", "PREFIX", "check_engines", "create", "ddl", "engines_query", "inbox", "metadata", "missing"]
+__all__ += ["one_at_a_time", "outbox", "records", "refuse_engines", "statements", "tokens"]
 
 PREFIX: Final = "idempotent_bus_"
 #: What can be had apart: the dedup store's tables, and the inbox's and the outbox's, which live where the effects are.
@@ -35,6 +35,8 @@ _ROOM_FOR_UPDATES: Final[dict[str, Any]] = (
 _QUEUE_LIKE: Final[dict[str, Any]] = (
     {"postgresql_with": {"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.05"}} if _ROOM_FOR_UPDATES else {}
 )
+# Whatever the server's default is: without transactions a record would outlive its effect's rollback.
+_INNODB: Final[dict[str, Any]] = {"mysql_engine": "InnoDB", "mariadb_engine": "InnoDB"}
 # Tables that a database without sequences has instead of one carry this mark.
 _INSTEAD: Final = "instead_of_sequence"
 
@@ -85,6 +87,7 @@ def _records(tables: sa.MetaData, prefix: str) -> None:
         sa.Column("result", Blob),
         sa.Index(f"{name}_purge", "purge_after"),
         sqlite_with_rowid=False,
+        **_INNODB,
         **_ROOM_FOR_UPDATES,
     )
 
@@ -101,6 +104,7 @@ def _tokens(tables: sa.MetaData, prefix: str) -> None:
         sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
         sa.Column("value", sa.BigInteger, nullable=False),
         info={_INSTEAD: True},
+        **_INNODB,
     )
 
 
@@ -119,9 +123,7 @@ def _inbox(tables: sa.MetaData, prefix: str) -> None:
         sa.Column("result", Blob),
         sa.Index(f"{name}_purge", "kept_until"),
         sqlite_with_rowid=False,
-        # Whatever the server's default is: without transactions a record would outlive its effect's rollback.
-        mysql_engine="InnoDB",
-        mariadb_engine="InnoDB",
+        **_INNODB,
     )
 
 
@@ -167,8 +169,7 @@ def _outbox(tables: sa.MetaData, prefix: str) -> None:
             sqlite_where=sa.text("order_key IS NOT NULL"),
         ),
         sqlite_autoincrement=True,
-        mysql_engine="InnoDB",
-        mariadb_engine="InnoDB",
+        **_INNODB,
         **_QUEUE_LIKE,
     )
 
@@ -247,13 +248,15 @@ def create(engine: Engine, tables: sa.MetaData, *, patience: float = 2.0) -> Non
 
     Any number of processes may do so at once.
 
-    Raises the driver's error, wrapped by SQLAlchemy, if it cannot be done within `patience` seconds.
+    Raises the driver's error, wrapped by SQLAlchemy, if it cannot be done within `patience` seconds; and
+    ConfigurationError for tables that are there, in an engine of MySQL's or MariaDB's without transactions.
     """
     deadline = time.monotonic() + patience
     while True:
         try:
             with engine.connect() as connection:
                 if not missing(connection, tables):
+                    check_engines(connection, tables)
                     return
             # On PostgreSQL a transaction, whatever the engine's default is: the lock must last until the end.
             postgresql = engine.dialect.name == "postgresql"
@@ -278,6 +281,33 @@ def one_at_a_time(connection: sa.Connection, tables: sa.MetaData) -> None:
     """
     lock = sa.func.hashtext(f"idempotent-bus {tables.schema} {tables.info['prefix']}")
     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock)))
+
+
+def check_engines(connection: sa.Connection, tables: sa.MetaData) -> None:
+    """On MySQL and MariaDB: raise ConfigurationError if one of the tables is in an engine without transactions."""
+    if connection.dialect.name in ("mysql", "mariadb"):
+        refuse_engines(connection.exec_driver_sql(engines_query(tables)))
+
+
+def engines_query(tables: sa.MetaData) -> str:
+    """What of these tables, as far as they are there, has no transactions on MySQL and MariaDB: name and engine."""
+    # Plain names, as `metadata` has checked.
+    names = ", ".join(f"'{table.name}'" for table in tables.sorted_tables)
+    where = "DATABASE()" if tables.schema is None else f"'{tables.schema}'"
+    return (
+        "SELECT t.TABLE_NAME, t.ENGINE FROM information_schema.TABLES AS t "  # noqa: S608
+        "JOIN information_schema.ENGINES AS e ON e.ENGINE = t.ENGINE "
+        f"WHERE t.TABLE_SCHEMA = {where} AND t.TABLE_NAME IN ({names}) AND COALESCE(e.TRANSACTIONS, 'NO') <> 'YES'"
+    )
+
+
+def refuse_engines(rows: Iterable[Sequence[Any]]) -> None:
+    """Raise ConfigurationError if `engines_query` has found any."""
+    for name, engine in rows:
+        raise ConfigurationError(
+            f"the table {name} is in the engine {engine}, which has no transactions: what is rolled back would stay "
+            f"there. Run `ALTER TABLE {name} ENGINE=InnoDB`, and look at what is in it"
+        )
 
 
 def missing(connection: sa.Connection, tables: sa.MetaData) -> bool:

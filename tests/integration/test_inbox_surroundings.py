@@ -14,8 +14,10 @@ from test_inbox import DATABASES, Bench, database_url
 from test_inbox_window import WindowBench, hows
 
 import servers
-from idempotent_bus import Ended, Inbox
+from idempotent_bus import Ended, Inbox, Outbox, Relay, schema
+from idempotent_bus.errors import ConfigurationError
 from idempotent_bus.model import Reason
+from idempotent_bus.stores.sql import SQLStore
 
 LISTENERS = ("before_commit", "after_commit")
 #: Of SQLAlchemy's own kind too: it must not be taken for a database in doubt, which would be asked for ever.
@@ -95,6 +97,70 @@ def test_on_mariadb_the_record_is_in_a_table_with_transactions(unique: str) -> N
         assert made.handle(bench.work(fail)).how is Ended.FAILED
         assert made.handle(bench.work()).how is Ended.COMPLETED
         assert bench.cards() == 1
+    finally:
+        bench.close()
+
+
+WITHOUT = ("MyISAM", "Aria")
+
+
+@pytest.fixture
+def untransactional(request: pytest.FixtureRequest, unique: str) -> Iterator[sa.Engine]:
+    """A MariaDB in which all tables of the library are there, in an engine without transactions."""
+    engine = sa.create_engine(servers.mariadb())
+    tables = schema.metadata(f"{unique}_")
+    schema.create(engine, tables)
+    with engine.begin() as connection:
+        for table in (schema.inbox(tables), schema.outbox(tables), schema.records(tables)):
+            connection.execute(sa.text(f"ALTER TABLE {table.name} ENGINE={request.param}"))
+    yield engine
+    for table in (schema.inbox(tables), schema.outbox(tables), schema.records(tables)):
+        table.drop(engine)
+    for sequence in sa.inspect(engine).get_sequence_names():
+        if sequence.startswith(unique):
+            with engine.begin() as connection:
+                connection.execute(sa.text(f"DROP SEQUENCE {sequence}"))
+    engine.dispose()
+
+
+@pytest.mark.parametrize("untransactional", WITHOUT, indirect=True)
+@pytest.mark.parametrize("create", [True, False])
+def test_a_table_without_transactions_is_refused(untransactional: sa.Engine, unique: str, create: bool) -> None:
+    """I1, I3: a record whose effect was rolled back would stay: said at the first use, whoever made the table."""
+    engine, prefix = untransactional, f"{unique}_"
+    refused = pytest.raises(ConfigurationError, match=r"has no transactions.*ENGINE=InnoDB")
+    inbox = Inbox(engine, table_prefix=prefix, create=create)
+    with refused, inbox.transaction():
+        pytest.fail("it was opened")
+    with engine.begin() as connection, refused:
+        Inbox(None, table_prefix=prefix).record(connection, "cards", "a")
+    with engine.begin() as connection, refused:
+        Outbox(engine if create else None, table_prefix=prefix).add(connection, {}, routing_key="q")
+    with refused, Relay(engine, "memory://", table_prefix=prefix, create=create) as relay:
+        relay.run_once()
+    with refused:
+        SQLStore(engine, table_prefix=prefix, create=create).purge()
+    with engine.connect() as connection:
+        for part in ("inbox", "outbox", "records"):
+            assert connection.execute(sa.text(f"SELECT count(*) FROM {prefix}{part}")).scalar() == 0
+
+
+def test_without_the_refusal_the_record_would_outlive_its_effect(unique: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: on such a table a handler that raises leaves its record, and its message would be acked undone."""
+    bench = Bench(servers.mariadb(), unique)
+    try:
+        bench.inbox.create()
+        with bench.engine.begin() as connection:
+            connection.execute(sa.text(f"ALTER TABLE {unique}_inbox ENGINE=MyISAM"))
+        monkeypatch.setattr(schema, "refuse_engines", lambda rows: None)
+
+        def fail(connection: sa.Connection) -> None:
+            raise ValueError
+
+        made = bench.transactions()
+        made.handle(bench.work(fail))
+        assert made.handle(bench.work()).how is Ended.REPLAYED
+        assert bench.cards() == 0
     finally:
         bench.close()
 

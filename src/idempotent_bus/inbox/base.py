@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from .. import schema
-from ..connections import link_to
+from ..connections import Link, link_to
 from ..errors import ConfigurationError, FingerprintConflict
 from ..identity import canonical_biz_id, check_scope, check_tenant, record_key
 from ..identity import fingerprint as digest_of
@@ -62,7 +62,8 @@ class Inbox:
                 f"the inbox works on PostgreSQL, MariaDB, MySQL and SQLite, not on {self._engine.dialect.name}"
             )
         self._tables = schema.metadata(table_prefix, database_schema, parts=("inbox",))
-        self._there = not create
+        self._makes = create
+        self._there = False
         self._making = threading.Lock()
         self._records: Records | None = None
         self._foreign: dict[str, Records] = {}
@@ -107,14 +108,14 @@ class Inbox:
         transaction as a whole.
 
         Raises FingerprintConflict if the biz-id was done with another fingerprint; ConfigurationError if the
-        connection is in autocommit, or the table is missing; InvalidScope, InvalidBizId or InvalidBody before anything
-        is done; and what the connection raises.
+        connection is in autocommit, or the table is missing or (MySQL, MariaDB) in an engine without transactions;
+        InvalidScope, InvalidBizId or InvalidBody before anything is done; and what the connection raises.
         """
         link = link_to(connection)
         link.check_transaction()
         key = record_key(check_scope(scope), canonical_biz_id(biz_id), tenant=check_tenant(tenant))
         digest = None if fingerprint is None else digest_of(fingerprint)
-        records = self._for_database(link.database)
+        records = self._for_link(link)
         try:
             if records.record(link, key, digest, retention):
                 return True
@@ -133,9 +134,12 @@ class Inbox:
             raise
         return False
 
-    def _for_database(self, database: str) -> Records:
+    def _for_link(self, link: Link) -> Records:
+        database = link.database
         made = self._foreign.get(database)
         if made is None:
+            if database == "mysql":
+                schema.refuse_engines(link.run(schema.engines_query(self._tables), {})[0])
             made = self._foreign[database] = Records(self._tables, _DIALECTS[database]())
         return made
 
@@ -148,8 +152,7 @@ class Inbox:
             self._records = Records(self._tables, self.engine.dialect)
         return self._records
 
-    @contextlib.contextmanager
-    def transaction(self, *, apart: bool = False) -> Iterator[Opened]:
+    def transaction(self, *, apart: bool = False) -> contextlib.AbstractContextManager[Opened]:
         """A transaction that is rolled back at the end unless it was committed; at the first the table is created.
 
         apart: without a handler, so READ COMMITTED will do, whatever the engine's level is. Raises
@@ -158,16 +161,18 @@ class Inbox:
         connection = self._connect()
         if apart and connection.dialect.name != "sqlite":
             connection = connection.execution_options(isolation_level="READ COMMITTED")
-        make_session = None if apart else self._make_session
-        with opened(connection, self.records, make_session) as made:
-            yield made
+        return opened(connection, self.records, None if apart else self._make_session)
 
     def _connect(self) -> sa.Connection:
         engine = self.engine
         if not self._there:
             with self._making:
                 if not self._there:
-                    schema.create(engine, self._tables)
+                    if self._makes:
+                        schema.create(engine, self._tables)
+                    else:
+                        with engine.connect() as connection:
+                            schema.check_engines(connection, self._tables)
                     self._there = True
         return engine.connect()
 

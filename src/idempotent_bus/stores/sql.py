@@ -262,7 +262,8 @@ class SQLStore:
             if self._create:
                 schema_module.create(self._engine, self._tables)
             else:
-                self._engine.connect().close()
+                with self._engine.connect() as connection:
+                    schema_module.check_engines(connection, self._tables)
             return choose(self._engine.dialect, self._tables)
         except self._errors as error:
             self._failure = (time.monotonic(), error)
