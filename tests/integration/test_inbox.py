@@ -335,6 +335,35 @@ def test_a_commit_that_never_succeeds_is_an_attempt(bench: Bench) -> None:
     assert bench.cards() == 0
 
 
+def test_a_run_whose_commit_stays_unclear_is_one_attempt(bench: Bench) -> None:
+    """I12: a redelivered message is counted before it runs, and not again after it; at the last one it is dead."""
+    made = bench.transactions(max_attempts=3)
+    answers = []
+    for _ in range(3):
+        made.step = lost(bench, after=False, times=4)
+        answers.append(made.handle(bench.work(redelivered=True)).how)
+        assert bench.record().attempts == len(answers) or answers[-1] is Ended.DEAD
+    assert answers == [Ended.IN_DOUBT, Ended.IN_DOUBT, Ended.DEAD]
+    assert bench.cards() == 0
+
+
+def test_the_last_run_whose_commit_stays_unclear_but_was_done_is_no_dead_letter(bench: Bench) -> None:
+    """I4, I15: counting it meets the record, so it comes back, and then it is a replay."""
+    made = bench.transactions(max_attempts=1)
+    steps = iter([False, False, False, True])
+
+    def step(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if name != COMMIT:
+            return bench.log(name, function, *args, **kwargs)
+        return lost(bench, after=next(steps))(name, function, *args, **kwargs)
+
+    made.step = step
+    assert made.handle(bench.work(redelivered=True)).how is Ended.IN_DOUBT
+    made.step = bench.log
+    assert made.handle(bench.work(redelivered=True)).how is Ended.REPLAYED
+    assert bench.cards() == 1
+
+
 def test_a_deferred_constraint_is_the_handlers_failure(postgresql: Bench) -> None:
     """What the database refuses at COMMIT is known not to be committed: an attempt, not a doubt for ever."""
     bench = postgresql

@@ -24,8 +24,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
@@ -71,8 +70,7 @@ class _Unfinished(Exception):
         self.error = error
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What to tell the broker. attempts: for the dead letter. again: seconds until it comes back."""
 
     how: Ended
@@ -108,6 +106,7 @@ class Transactions:
         step: Step = direct,
     ) -> None:
         self.policy = policy
+        self._most_attempts = policy.most_attempts
         self.inbox = inbox
         self._notify = notify
         self.max_result = max_result
@@ -172,7 +171,7 @@ class Transactions:
         counted = 0
         if work.redelivered:
             counted = self._count(CLAIM, work)
-            if counted > self.policy.most_attempts:
+            if counted > self._most_attempts:
                 return Answer(Ended.DEAD, None, Reason.ATTEMPTS, "the attempts are used up", counted - 1)
         ran = False
         tries = meetings = 0
@@ -199,12 +198,13 @@ class Transactions:
         if ran and is_meeting(error):
             # It is known not to be committed: as if the handler had raised.
             return self._failed(work, error, counted, 0)
-        if ran:
+        if ran and not 0 < counted < self.policy.max_attempts:
             # It ran, and never came to its end: an attempt, or else this could go on for ever. To count it is to
-            # insert, which waits for a COMMIT that is still under way, and counts nothing after it.
+            # insert, which waits for a COMMIT that is still under way, and counts nothing after it. One that was
+            # counted before it ran is not counted again, unless it was the last: then this tells whether it is done.
             attempt = self._count(RELEASE, work)
             if attempt >= self.policy.max_attempts:
-                return Answer(Ended.DEAD, None, Reason.ATTEMPTS, last_line(error), attempt)
+                return Answer(Ended.DEAD, None, Reason.ATTEMPTS, last_line(error), counted or attempt)
         raise error
 
     def _transact(self, work: Work, counted: int) -> Answer:
@@ -304,7 +304,7 @@ class Transactions:
 
     def refusal(self, work: Work, attempt: int) -> Answer | None:
         """Why a record that was taken is not run."""
-        if attempt > self.policy.most_attempts:
+        if attempt > self._most_attempts:
             return Answer(Ended.DEAD, None, Reason.ATTEMPTS, "the attempts are used up", attempt - 1)
         if attempt == 1 and self._failing.is_too_old(work):
             return Answer(Ended.DEAD, None, Reason.TOO_OLD, "older than the retention, so it may have been done before")
@@ -391,7 +391,7 @@ class Transactions:
         if answer.reason is Reason.CONFLICT:
             return
         try:
-            self._count(RELEASE, work, max(answer.attempts, self.policy.most_attempts))
+            self._count(RELEASE, work, max(answer.attempts, self._most_attempts))
         except sa.exc.SQLAlchemyError as error:
             log.warning("could not note that a message of scope %s is dead (%s)", work.scope, type(error).__name__)
 
