@@ -22,7 +22,7 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from .dialects import Statement, compiled
 from .errors import ConfigurationError
 
-__all__ = ["Link", "commits_by_itself", "is_duplicate", "link_to"]
+__all__ = ["Link", "commits_by_itself", "is_duplicate", "link_to", "link_to_driver"]
 
 _DIALECTS: Final[dict[str, Any]] = {
     "postgresql": postgresql.dialect,
@@ -43,6 +43,9 @@ _DRIVERS: Final = {
 _KINDS: Final = (
     "a SQLAlchemy Connection or Session, a Django connection, or one of psycopg, psycopg2, sqlite3, PyMySQL, MySQLdb"
 )
+
+#: Where the link to a driver's connection is kept, in SQLAlchemy's dictionary for what belongs to that connection.
+_KEPT: Final = "idempotent_bus.link"
 
 # As libpq and the MySQL protocol number the states of a transaction.
 _IDLE: Final = 0
@@ -68,13 +71,24 @@ class Link(ABC):
         Raises what that kind of connection raises, without the parameters in its text where it would have them.
         """
 
+    def run_many(self, text: str, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Run one statement without rows of its own once for each of `rows`; how many rows all of them changed."""
+        return sum(self.run(text, row, fetch=False)[1] for row in rows)
+
+    def tell(self, text: str) -> None:
+        """Run one statement that has neither parameters nor rows."""
+        self.run(text, {}, fetch=False)
+
 
 class _SQLAlchemyLink(Link):
-    __slots__ = ("_connection",)
+    __slots__ = ("_connection", "_style")
 
     def __init__(self, connection: sa.Connection) -> None:
-        super().__init__(_database(connection.dialect.name))
+        dialect = connection.dialect
+        super().__init__(_database(dialect.name))
         self._connection = connection
+        # Whoever takes `%(name)s` takes `%s` too, and has less to do then.
+        self._style = "format" if dialect.paramstyle == "pyformat" else dialect.paramstyle
 
     def check_transaction(self) -> None:
         if commits_by_itself(self._connection):
@@ -82,11 +96,11 @@ class _SQLAlchemyLink(Link):
 
     def run(self, text: str, parameters: Mapping[str, Any], *, fetch: bool = True) -> tuple[list[Sequence[Any]], int]:
         connection = self._connection
-        style = connection.dialect.paramstyle
-        # Whoever takes `%(name)s` takes `%s` too, and has less to do then.
-        statement = _prepared(text, self.database, "format" if style == "pyformat" else style)
         if _is_plain(connection):
-            return _run_on_the_cursor(connection, statement, parameters, fetch)
+            driver = link_to_driver(connection)
+            if driver is not None:
+                return _run_below(connection, driver, text, parameters, fetch)
+        statement = _prepared(text, self.database, self._style)
         try:
             result = connection.exec_driver_sql(statement.text, statement.arguments(parameters))
         except sa.exc.StatementError as error:
@@ -107,29 +121,42 @@ def _is_plain(connection: sa.Connection) -> bool:
     return not (listening or getattr(connection, "_echo", True))
 
 
-def _run_on_the_cursor(
-    connection: sa.Connection, statement: Statement, parameters: Mapping[str, Any], fetch: bool
+def link_to_driver(connection: sa.Connection) -> Link | None:
+    """The link to the driver's own connection below, kept with it while the pool does. None: not one we know."""
+    driver = connection.connection.dbapi_connection
+    info = connection.info
+    kept: _DriverLink | None = info.get(_KEPT)
+    if kept is None or kept.connection is not driver:
+        package = _package_of(driver)
+        if package is None or _is_asynchronous(type(driver)):  # type: ignore[arg-type]  # any class can be a key
+            return None
+        kept = info[_KEPT] = _DriverLink(driver, package, keep_cursor=True)
+    return kept
+
+
+def _run_below(
+    connection: sa.Connection, link: Link, text: str, parameters: Mapping[str, Any], fetch: bool
 ) -> tuple[list[Sequence[Any]], int]:
     """As exec_driver_sql, errors included, in half the time: its bookkeeping costs more than an INSERT into SQLite."""
-    driver = connection.connection
-    cursor = driver.cursor()
     try:
-        cursor.execute(statement.text, statement.arguments(parameters))
-        return (list(cursor.fetchall()) if fetch and cursor.description else []), cursor.rowcount
+        return link.run(text, parameters, fetch=fetch)
     except Exception as error:
         dialect = connection.dialect
         kind = dialect.loaded_dbapi.Error
         if not isinstance(error, kind):
             raise
-        gone = dialect.is_disconnect(error, driver.dbapi_connection, cursor)
+        gone = dialect.is_disconnect(error, connection.connection.dbapi_connection, None)
         if gone:
             connection.invalidate(error)
         raise sa.exc.DBAPIError.instance(
-            statement.text, None, error, kind, hide_parameters=True, connection_invalidated=gone, dialect=dialect
+            text, None, error, kind, hide_parameters=True, connection_invalidated=gone, dialect=dialect
         ) from error
-    finally:
-        with contextlib.suppress(Exception):  # of a connection that is gone
-            cursor.close()
+
+
+def _has_rows(cursor: Any) -> bool:
+    """As `cursor.description` says, which psycopg 3 makes anew, a column at a time, whenever it is asked."""
+    result = getattr(cursor, "pgresult", None)
+    return bool(cursor.description) if result is None else result.nfields > 0
 
 
 class _DjangoLink(Link):
@@ -153,30 +180,45 @@ class _DjangoLink(Link):
 
 
 class _DriverLink(Link):
-    __slots__ = ("_connection", "_package", "_style")
+    __slots__ = ("_kept", "_package", "_style", "connection")
 
-    def __init__(self, connection: Any, package: str) -> None:
+    def __init__(self, connection: Any, package: str, *, keep_cursor: bool = False) -> None:
         database, self._style = _DRIVERS[package]
         super().__init__(database)
-        self._connection = connection
+        self.connection = connection
         self._package = package
+        self._kept: Any = self._cursor() if keep_cursor else None
 
     def check_transaction(self) -> None:
-        if _driver_commits_by_itself(self._connection, self.database):
+        if _driver_commits_by_itself(self.connection, self.database):
             raise _autocommit("switch its autocommit off, or begin a transaction first")
 
     def run(self, text: str, parameters: Mapping[str, Any], *, fetch: bool = True) -> tuple[list[Sequence[Any]], int]:
         statement = _prepared(text, self.database, self._style)
-        cursor = self._cursor()
+        cursor = self._kept or self._cursor()
         try:
             cursor.execute(statement.text, statement.arguments(parameters))
-            return (list(cursor.fetchall()) if fetch and cursor.description else []), cursor.rowcount
+            return (list(cursor.fetchall()) if fetch and _has_rows(cursor) else []), cursor.rowcount
         finally:
-            cursor.close()
+            if cursor is not self._kept:
+                cursor.close()
+
+    def run_many(self, text: str, rows: Sequence[Mapping[str, Any]]) -> int:
+        if self._kept is None or self.database != "sqlite":  # elsewhere it is a loop, or tells another number
+            return super().run_many(text, rows)
+        statement = _prepared(text, self.database, self._style)
+        self._kept.executemany(statement.text, map(statement.arguments, rows))
+        return int(self._kept.rowcount)
+
+    def tell(self, text: str) -> None:
+        if self._kept is None:
+            super().tell(text)
+        else:
+            self._kept.execute(text)
 
     def _cursor(self) -> Any:
         """A cursor whose rows are tuples, whatever the user's rows are."""
-        connection = self._connection
+        connection = self.connection
         if self.database == "sqlite":
             cursor = connection.cursor()
             cursor.row_factory = None
@@ -209,7 +251,7 @@ def link_to(connection: Any) -> Link:
     package = _package_of(driver)
     if package is None:
         raise ConfigurationError(f"a {type(connection).__name__} is not a connection that is known here: {_KINDS}")
-    if inspect.iscoroutinefunction(getattr(driver, "commit", None)):
+    if _is_asynchronous(type(driver)):  # type: ignore[arg-type]
         raise ConfigurationError("an asynchronous connection cannot be used here; use a synchronous one")
     return _DriverLink(driver, package)
 
@@ -258,6 +300,11 @@ def _driver_commits_by_itself(driver: Any, database: str) -> bool:
 def _package_of(driver: object) -> str | None:
     """The driver's package, if it is one of those that are known."""
     return "sqlite3" if isinstance(driver, sqlite3.Connection) else _package_of_kind(type(driver))  # type: ignore[arg-type]  # any class can be a key
+
+
+@functools.lru_cache(maxsize=64)
+def _is_asynchronous(kind: type) -> bool:
+    return inspect.iscoroutinefunction(getattr(kind, "commit", None))
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import functools
 import json
 import unicodedata
 import uuid
@@ -127,13 +128,23 @@ def record_key(scope: str, biz_id: str, *, tenant: str = "", producer: str = "")
     Each part is preceded by its length, which makes the encoding injective; the hash fixes the length, so that no
     database's collation, padding or key limit can merge two identities.
     """
-    digest = blake2b(digest_size=KEY_BYTES, person=_KEY_VERSION)
+    digest = _begun(tenant, scope).copy()
+    digest.update(_part(biz_id))
     # Without a producer the encoding ends a part earlier: since each part tells its length, no two are the same.
-    for part in (tenant, scope, biz_id, producer) if producer else (tenant, scope, biz_id):
-        encoded = part.encode()
-        digest.update(len(encoded).to_bytes(4, "big"))
-        digest.update(encoded)
+    if producer:
+        digest.update(_part(producer))
     return digest.digest()
+
+
+@functools.lru_cache(maxsize=256)
+def _begun(tenant: str, scope: str) -> blake2b:
+    """What all keys of one scope begin with; to be copied."""
+    return blake2b(_part(tenant) + _part(scope), digest_size=KEY_BYTES, person=_KEY_VERSION)
+
+
+def _part(text: str) -> bytes:
+    encoded = text.encode()
+    return len(encoded).to_bytes(4, "big") + encoded
 
 
 def fingerprint(body: Any, spec: FingerprintSpec = True) -> bytes | None:
@@ -185,6 +196,7 @@ def _plain(value: Any) -> Any:
 _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain).encode
 
 
+@functools.lru_cache(maxsize=256)
 def _is_name(text: str) -> bool:
     encoded = _utf8(text)
     return encoded is not None and 0 < len(encoded) <= MAX_SCOPE_BYTES and not _has_control(text)

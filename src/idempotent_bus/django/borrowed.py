@@ -86,6 +86,11 @@ class Borrowed:
         return _Driver(self.django.connection)
 
     @property
+    def info(self) -> dict[str, Any]:
+        """Empty: nothing is kept with the driver's connection."""
+        return {}
+
+    @property
     def invalidated(self) -> bool:
         """True once the connection is known to be lost."""
         return self.django.connection is None or bool(self.django.closed_in_transaction)

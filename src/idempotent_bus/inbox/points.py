@@ -29,6 +29,10 @@ _ENDS = re.compile(
 )
 
 
+#: What most statements begin with, and none that ends a transaction.
+_HARMLESS: Final = frozenset("IUDSWiudsw")
+
+
 class Point(ABC):
     """One savepoint at a time, in a transaction that is open. What it raises is SQLAlchemy's."""
 
@@ -62,8 +66,11 @@ class _Plain(Point):
     """For any driver: a round trip for each statement."""
 
     def begin(self, key: bytes) -> None:
-        self._opened.run(f"SAVEPOINT {_NAME}")
-        self._mark(key)
+        self._opened.check_ours()
+        with translated(self._opened.connection):
+            link = self._opened.link
+            link.tell(f"SAVEPOINT {_NAME}")
+            self._records.begin(link, key)
 
     def keep(self) -> None:
         for nested in _left_open(self._opened.connection):
@@ -187,7 +194,7 @@ def guarded(opened: Opened) -> Iterator[None]:
         raise HandlerEndedIt
 
     def look(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if _ENDS.match(statement):
+        if statement[:1] not in _HARMLESS and _ENDS.match(statement):
             raise HandlerEndedIt
 
     listeners = (("commit", refuse), ("rollback", refuse), ("before_cursor_execute", look))

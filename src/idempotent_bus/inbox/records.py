@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
@@ -28,8 +28,7 @@ _MOST_BUSY: Final = 3
 _MARIADB_WAIT: Final = "SET STATEMENT innodb_lock_wait_timeout={} FOR"
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
+class Taken(NamedTuple):
     """A record that is ours. attempts: counted before. transaction: its number on PostgreSQL, else empty."""
 
     attempts: int
@@ -81,6 +80,8 @@ class Records:
             "retention": _us(retention),
             "redrive": 0,
         }
+        if self.database != "mysql":
+            return link.run(self._texts["record"], values, fetch=False)[1] > 0
         return self._take(link, self._texts, "record", values, completed=1) is not None
 
     def take_many(self, link: Link, works: Sequence[Work], retention: float) -> dict[bytes, Taken]:
@@ -97,9 +98,9 @@ class Records:
                 "retention": _us(retention),
             }
             earlier = self._wait_briefly(link, self._texts)
-            rows, _ = link.run(self._texts["take_many"], values)
+            found, _ = link.run(self._texts["take_many"], values)
             self._wait_as_before(link, earlier)
-            return {_bytes(row[0]): Taken(row[1], row[2]) for row in rows}
+            return {_bytes(row[0]): Taken(row[1], row[2]) for row in found}
         if self.database == "mysql":
             text, values = self._many_rows(works, retention)
             try:
@@ -109,8 +110,13 @@ class Records:
                     raise
             else:
                 return {work.key: Taken(0) for work in works}
-        found = {work.key: self.take_one(link, work, retention) for work in works}
-        return {key: taken for key, taken in found.items() if taken is not None}
+        if self.database == "sqlite":
+            rows = [_row(self.database, work, retention) for work in works]
+            if link.run_many(self._texts["take_new"], rows) == len(rows):
+                return {work.key: Taken(0) for work in works}
+            # Some were there. Those that are ours by now are taken once more, which changes nothing.
+        each = {work.key: self.take_one(link, work, retention) for work in works}
+        return {key: taken for key, taken in each.items() if taken is not None}
 
     def take_one(self, link: Link, work: Work, retention: float) -> Taken | None:
         """One record of a window."""
@@ -184,7 +190,7 @@ class Records:
 
     def begin(self, link: Link, key: bytes) -> None:
         """In a window: its handler begins, so from here on a commit of this transaction completes it."""
-        link.run(self._texts["begin"], {"key": _key(self.database, key)})
+        link.run(self._texts["begin"], {"key": _key(self.database, key)}, fetch=False)
 
     def begin_texts(self, keys: Sequence[bytes]) -> list[str]:
         """The same for several on PostgreSQL, as statements without parameters, to be sent with others."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from ..connections import Link, commits_by_itself, link_to
+from ..connections import Link, commits_by_itself, link_to, link_to_driver
 from ..errors import ConfigurationError, Permanent
 from .records import Records
 
@@ -53,6 +53,7 @@ class Opened:
     """
 
     __slots__ = (
+        "_below",
         "_committed",
         "_driver",
         "_earlier_wait",
@@ -70,12 +71,14 @@ class Opened:
         driver: Any = connection.connection.driver_connection
         self.connection = connection
         self._earlier_wait: int | None = None
+        #: Below SQLAlchemy, which would have begun a transaction with the first statement. None: an unknown driver.
+        self._below = link_to_driver(connection)
         if records.database == "sqlite":
             # What waits there is the first statement that writes, or the engine's own BEGIN. No round trip.
-            earlier = driver.execute("PRAGMA busy_timeout").fetchone()[0]
+            earlier = self._busy_timeout()
             if earlier > _SQLITE_WAIT:
+                self._set_busy_timeout(_SQLITE_WAIT)
                 self._earlier_wait = earlier
-                driver.execute(f"PRAGMA busy_timeout={_SQLITE_WAIT}")
         try:
             self.transaction = connection.begin()
         except BaseException:
@@ -87,10 +90,7 @@ class Opened:
         self._committed = False
         #: psycopg 3, which can send several statements in one round trip.
         self._driver: Any = driver if type(driver).__module__.partition(".")[0] == "psycopg" else None
-        try:
-            self.link: Link = link_to(driver)
-        except ConfigurationError:
-            self.link = link_to(connection)
+        self.link: Link = self._below or link_to(connection)
         if make_session is not None:
             # Its commit is the commit, so that its events are told at the right moment.
             self.session = make_session(bind=connection, join_transaction_mode="control_fully")
@@ -107,7 +107,7 @@ class Opened:
 
     def run_together(self, *texts: str) -> None:
         """Several statements without parameters, in one round trip. Only if it `is_quick`."""
-        self._check_ours()
+        self.check_ours()
         with translated(self.connection):
             self._driver.execute("; ".join(texts), prepare=False)
 
@@ -118,9 +118,9 @@ class Opened:
 
     def run(self, text: str) -> None:
         """One statement without parameters."""
-        self._check_ours()
+        self.check_ours()
         with translated(self.connection):
-            self.link.run(text, {})
+            self.link.tell(text)
 
     def mark_before(self) -> None:
         """Before the record is inserted. A savepoint: any end of the transaction removes it."""
@@ -133,6 +133,11 @@ class Opened:
         if self._records.database == "sqlite":  # not before: an outermost savepoint would be the transaction
             self._wait_as_before()
             self.run(f"SAVEPOINT {_MARK}")
+
+    def check_ours(self) -> None:
+        """Raise if the handler closed the connection: the driver's is the pool's again, and may be another's by now."""
+        if self.connection.closed:
+            raise HandlerEndedIt
 
     def check_open(self) -> None:
         """Raise if the transaction is seen to be ended or aborted. Asks nobody: `commit` does.
@@ -147,7 +152,8 @@ class Opened:
             raise HandlerEndedIt  # SQLite, by a statement of its own
         if self._records.database != "postgresql":
             return
-        status = getattr(getattr(driver, "info", None), "transaction_status", None)
+        told_by = getattr(driver, "pgconn", None) or getattr(driver, "info", None)
+        status = getattr(told_by, "transaction_status", None)
         if status is None:
             self.run("SELECT 1")  # another driver: an aborted transaction refuses this
         elif status == _IDLE:
@@ -157,11 +163,6 @@ class Opened:
                 "a statement of the handler failed and the handler went on: PostgreSQL will not commit this "
                 "transaction; let the error out, or use begin_nested() around what may fail"
             )
-
-    def _check_ours(self) -> None:
-        """Raise if the handler closed the connection: the driver's is the pool's again, and may be another's by now."""
-        if self.connection.closed:
-            raise HandlerEndedIt
 
     def flush(self) -> None:
         """Send what the handler's session still has to write."""
@@ -175,7 +176,7 @@ class Opened:
         HookRaised. With psycopg 3 all of it is one round trip. then: statements to send before the COMMIT, if it
         `is_quick`.
         """
-        self._check_ours()
+        self.check_ours()
         records = self._records
         if self._driver is None:
             with translated(self.connection):
@@ -247,8 +248,21 @@ class Opened:
     def _wait_as_before(self) -> None:
         earlier, self._earlier_wait = self._earlier_wait, None
         if earlier is not None and not self.connection.invalidated:
-            driver: Any = self.connection.connection.driver_connection
-            driver.execute(f"PRAGMA busy_timeout={earlier}")
+            self._set_busy_timeout(earlier)
+
+    def _busy_timeout(self) -> int:
+        if self._below is not None:
+            return int(self._below.run("PRAGMA busy_timeout", {})[0][0][0])
+        driver: Any = self.connection.connection.driver_connection
+        return int(driver.execute("PRAGMA busy_timeout").fetchone()[0])
+
+    def _set_busy_timeout(self, milliseconds: int) -> None:
+        text = f"PRAGMA busy_timeout={milliseconds}"
+        if self._below is not None:
+            self._below.tell(text)
+            return
+        driver: Any = self.connection.connection.driver_connection
+        driver.execute(text)
 
     def _check(self) -> str:
         return (
@@ -289,14 +303,27 @@ def opened(
             made.roll_back()
 
 
-@contextlib.contextmanager
-def translated(connection: sa.Connection) -> Iterator[None]:
-    """Turn the driver's errors into SQLAlchemy's, as its own statements would, with nothing of their parameters."""
-    dialect = connection.dialect
-    driver_error = dialect.loaded_dbapi.Error
-    try:
-        yield
-    except driver_error as error:
+class translated:  # noqa: N801 - used as a function
+    """Turn the driver's errors into SQLAlchemy's, as its own statements would, with nothing of their parameters.
+
+    A context manager, and a class since it is entered several times for each message.
+    """
+
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is None:
+            return
+        connection = self._connection
+        dialect = connection.dialect
+        driver_error = dialect.loaded_dbapi.Error
+        if not isinstance(error, driver_error):
+            return
         driver = connection.connection.dbapi_connection if not connection.invalidated else None
         gone = dialect.is_disconnect(error, driver, None)
         if gone and not connection.invalidated:

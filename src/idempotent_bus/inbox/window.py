@@ -16,8 +16,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
@@ -40,16 +39,14 @@ log = logging.getLogger(__name__)
 _GROUP: Final = 10
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
+class _Found(NamedTuple):
     """taken: the records that are ours, by key. busy: those of which another transaction holds the record."""
 
     taken: dict[bytes, Taken]
     busy: set[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class _Outcome:
+class _Outcome(NamedTuple):
     """What became of one message, if the window is committed."""
 
     attempt: int

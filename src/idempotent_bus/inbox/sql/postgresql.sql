@@ -38,11 +38,10 @@ VALUES (CAST(:key AS uuid), {now} + CAST(:retention AS bigint), CAST(:redrive AS
 RETURNING r.attempts, CAST(pg_current_xact_id() AS text);
 
 -- name: record
--- In a transaction of the user's, who says how long a statement waits there.
+-- In a transaction of the user's, who says how long a statement waits there. One row is written, or none.
 INSERT INTO {inbox} AS r (record_key, kept_until, redrive, attempts, completed, fingerprint)
 VALUES (CAST(:key AS uuid), {now} + CAST(:retention AS bigint), 0, 0, 1, CAST(:fingerprint AS bytea))
-{again}
-RETURNING r.attempts;
+{again};
 
 -- name: again
 -- A record that was only counted, or whose retention is over, is taken; an earlier result is not this run's.

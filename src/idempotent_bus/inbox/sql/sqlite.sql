@@ -13,11 +13,16 @@ VALUES (:key, {now} + :retention, :redrive, 0, 0, :fingerprint)
 {again}
 RETURNING attempts, '';
 
+-- name: take_new
+-- As take_one, of a record that is not there yet; else nothing is done.
+INSERT INTO {inbox} (record_key, kept_until, redrive, attempts, completed, fingerprint)
+VALUES (:key, {now} + :retention, :redrive, 0, 0, :fingerprint)
+ON CONFLICT DO NOTHING;
+
 -- name: record
 INSERT INTO {inbox} AS r (record_key, kept_until, redrive, attempts, completed, fingerprint)
 VALUES (:key, {now} + :retention, 0, 0, 1, :fingerprint)
-{again}
-RETURNING attempts;
+{again};
 
 -- name: again
 ON CONFLICT (record_key) DO UPDATE SET
