@@ -154,6 +154,19 @@ def test_a_savepoint_that_a_handler_left_open_is_kept_or_undone_with_it(bench: W
     assert bench.commits == 1
 
 
+@pytest.mark.parametrize("mode", ["ORACLE", "ANSI", "TRADITIONAL"])
+def test_on_mariadb_in_any_sql_mode(unique: str, mode: str, tmp_path: Path) -> None:
+    """The compound statement between two handlers is understood: one commit, nobody taken along."""
+    bench = make("mariadb", unique, tmp_path, connect_args={"init_command": f"SET SESSION sql_mode='{mode}'"})
+    try:
+        endings = hows(bench.transactions().handle_window(bench.works(w1=raises)))
+        assert endings == [Ended.COMPLETED, Ended.FAILED, *[Ended.COMPLETED] * 4]
+        assert bench.commits == 1
+        assert bench.all_cards() == ["w0", "w2", "w3", "w4", "w5"]
+    finally:
+        bench.close()
+
+
 def test_redelivered_messages_and_second_copies_are_handled_singly(bench: WindowBench) -> None:
     """What may have died is counted before it runs (I12); a copy within the window meets the commit of the first."""
     made = bench.transactions()

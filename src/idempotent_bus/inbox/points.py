@@ -1,7 +1,8 @@
 """The savepoint around each message of a window: begun with the mark on its record, kept, or taken back.
 
 With psycopg 3 several messages can share one, which spares a round trip for each: then their records are marked at its
-end, and nothing may commit in between. `guarded` sees to that.
+end, and nothing may commit in between. `guarded` sees to that. On MariaDB each message has its own, with one round trip
+for all there is to say between two handlers.
 """
 
 from __future__ import annotations
@@ -82,6 +83,31 @@ class _Plain(Point):
             nested.rollback()
         self._opened.run(f"ROLLBACK TO SAVEPOINT {_NAME}")
         self._opened.run(f"RELEASE SAVEPOINT {_NAME}")
+
+
+class _Compound(_Plain):
+    """On MariaDB: the end of one, the beginning of the next and the mark are one compound statement, one round trip.
+
+    So that a savepoint which is gone, since the handler has ended the transaction, is noticed a little later: before
+    the next handler, or at the commit.
+    """
+
+    def __init__(self, opened: Opened, records: Records) -> None:
+        super().__init__(opened, records)
+        self._pending = ""
+
+    def begin(self, key: bytes) -> None:
+        mark = self._records.begin_text(key)
+        self._opened.run(f"BEGIN NOT ATOMIC {self._pending} SAVEPOINT {_NAME}; {mark}; END")
+        self._pending = f"RELEASE SAVEPOINT {_NAME};"
+
+    def keep(self) -> None:
+        for nested in _left_open(self._opened.connection):
+            nested.commit()
+
+    def undo(self) -> None:
+        super().undo()
+        self._pending = ""
 
 
 class Quick(Point):
@@ -179,7 +205,9 @@ def point_for(opened: Opened, records: Records) -> Point:
     """The quickest way there is."""
     if opened.session is not None:
         return _OfSession(opened, records)
-    return Quick(opened, records) if opened.is_quick else _Plain(opened, records)
+    if opened.is_quick:
+        return Quick(opened, records)
+    return _Compound(opened, records) if records.is_mariadb else _Plain(opened, records)
 
 
 @contextlib.contextmanager

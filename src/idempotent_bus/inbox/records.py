@@ -54,6 +54,7 @@ class Records:
     def __init__(self, tables: sa.MetaData, dialect: Dialect) -> None:
         self.database = "mysql" if dialect.name == "mariadb" else dialect.name
         mariadb = bool(getattr(dialect, "is_mariadb", False))
+        self.is_mariadb = mariadb
         self.name = quoted(dialect, schema.inbox(tables))
         self._sets_wait = self.database == "mysql" and not mariadb
         fill = {"inbox": self.name, "now": NOW_US[self.database], "wait": _WAIT, "briefly": ""}
@@ -192,8 +193,12 @@ class Records:
         """In a window: its handler begins, so from here on a commit of this transaction completes it."""
         link.run(self._texts["begin"], {"key": _key(self.database, key)}, fetch=False)
 
+    def begin_text(self, key: bytes) -> str:
+        """The same on MariaDB, as a statement without parameters."""
+        return f"UPDATE {self.name} SET completed = 1 WHERE record_key = x'{key.hex()}'"  # noqa: S608 - digits only
+
     def begin_texts(self, keys: Sequence[bytes]) -> list[str]:
-        """The same for several on PostgreSQL, as statements without parameters, to be sent with others."""
+        """The same for several on PostgreSQL, to be sent with others."""
         listed = ", ".join(f"'{key.hex()}'" for key in keys)  # hexadecimal digits only
         return [f"UPDATE {self.name} SET completed = 1 WHERE record_key IN ({listed})"] if keys else []  # noqa: S608
 
