@@ -159,6 +159,13 @@ def _has_rows(cursor: Any) -> bool:
     return bool(cursor.description) if result is None else result.nfields > 0
 
 
+def _await_result(cursor: Any, driver: Any) -> None:
+    """In a pipeline of the user's (psycopg 3): before it is sent nothing is known; no row would mean "done before"."""
+    if getattr(cursor, "pgresult", cursor) is None:
+        with driver.pipeline() as pipeline:
+            pipeline.sync()
+
+
 class _DjangoLink(Link):
     __slots__ = ("_connection",)
 
@@ -176,6 +183,8 @@ class _DjangoLink(Link):
         statement = _prepared(text, self.database, "format")
         with self._connection.cursor() as cursor:
             cursor.execute(statement.text, statement.arguments(parameters))
+            if self.database == "postgresql":
+                _await_result(cursor, self._connection.connection)
             return (list(cursor.fetchall()) if fetch and cursor.description else []), cursor.rowcount
 
 
@@ -198,6 +207,8 @@ class _DriverLink(Link):
         cursor = self._kept or self._cursor()
         try:
             cursor.execute(statement.text, statement.arguments(parameters))
+            if self._package == "psycopg":
+                _await_result(cursor, self.connection)
             return (list(cursor.fetchall()) if fetch and _has_rows(cursor) else []), cursor.rowcount
         finally:
             if cursor is not self._kept:

@@ -82,6 +82,27 @@ def test_the_record_lives_and_dies_with_the_users_transaction(bench: Bench, kind
     assert bench.transactions().handle(bench.work(body={"sum": 1})).how is Ended.REPLAYED, "the decorator's copy"
 
 
+@pytest.mark.parametrize("kind", ["driver", "connection"])
+def test_in_a_pipeline_of_psycopg_the_answer_is_waited_for(unique: str, tmp_path: Path, kind: str) -> None:
+    """I1: an answer that is not here yet is not "done before", which would skip the effect and keep the record."""
+    bench = Bench(database_url("postgresql", tmp_path), unique)
+    try:
+        bench.inbox.create()
+        with contextlib.closing(KINDS[kind](bench)) as connection:
+            if kind == "connection":
+                connection.begin()
+            raw = connection if kind == "driver" else connection.connection.driver_connection
+            with raw.pipeline():
+                assert bench.inbox.record(connection, "cards", "a", fingerprint="x") is True
+                assert bench.inbox.record(connection, "cards", "a", fingerprint="x") is False
+                with pytest.raises(FingerprintConflict):
+                    bench.inbox.record(connection, "cards", "a", fingerprint="y")
+            connection.commit()
+        assert bench.record().completed
+    finally:
+        bench.close()
+
+
 def test_autocommit_is_refused(bench: Bench) -> None:
     """There the record would be durable without its effect."""
     engine = sa.create_engine(bench.url, isolation_level="AUTOCOMMIT")
