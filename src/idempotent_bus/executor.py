@@ -91,6 +91,7 @@ class Executor:
         self._step = step
         self._wall = wall
         self._failing = Failing(policy, draw, lambda: self._wall())
+        self._most_attempts = policy.most_attempts
         self._streams = Streams()
         self._doubtful: tuple[type[BaseException], ...] = (InDoubt, *policy.in_doubt)
         #: Why messages are to die whose dead letter could not be written yet: the store keeps only that they are.
@@ -227,7 +228,7 @@ class Executor:
         elif attempt == 1 and self._failing.is_too_old(work):
             # No record is there, or one that was never started: it may be new, or done and forgotten.
             return self._bury(work, hold, Reason.TOO_OLD, "older than the retention, so it may have been done before")
-        if attempt > self.policy.most_attempts:
+        if attempt > self._most_attempts:
             known = self._unmoved.pop(work.key, None) or (Reason.ATTEMPTS, "the attempts are used up", attempt - 1)
             return self._bury(work, hold, *known)
         if claim.request.reserve and (attempt > 1 or work.redelivered):
@@ -269,7 +270,7 @@ class Executor:
         if done:
             ending = self.finish(execution, None)
             return Ending(Ended.REPLAYED) if ending.how is Ended.COMPLETED else ending
-        if execution.attempt > self.policy.most_attempts:
+        if execution.attempt > self._most_attempts:
             self._keeper.remove(execution)
             return self._bury(work, execution.hold, Reason.ATTEMPTS, "the attempts are used up", execution.attempt - 1)
         return self._run(work, execution, finish)

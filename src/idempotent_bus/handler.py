@@ -220,10 +220,7 @@ class IdempotentHandler(Generic[P, R]):
             self._refuse(error, settle)
             return None
         if isinstance(settle, MessageSettlement):  # for its dead letter
-            settle.record, settle.fingerprint = (
-                who.key.hex(),
-                None if who.fingerprint is None else who.fingerprint.hex(),
-            )
+            settle.record, settle.fingerprint = who.key, who.fingerprint
         return Work(
             scope=self.scope,
             biz_id=who.biz_id,
@@ -232,7 +229,7 @@ class IdempotentHandler(Generic[P, R]):
             settle=settle,
             fingerprint=who.fingerprint,
             inner_msg_id=who.inner_msg_id,
-            redelivered=came_back(message),
+            redelivered=came_back(message, who.redrive),
             redrive=who.redrive,
             published_at=who.published_at,
         )

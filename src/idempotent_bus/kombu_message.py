@@ -176,16 +176,16 @@ def origin_queue(message: Message) -> str | None:
 # --- what has happened to it -----------------------------------------------------------------------------
 
 
-def came_back(message: Message) -> bool:
+def came_back(message: Message, number: int | None = None) -> bool:
     """True if the message may have been delivered before: as the broker says, from a delay queue, or redriven.
 
     What comes back from a delay queue or out of the dead letter is a new message to the broker; an attempt that died
-    before it was put there must not be forgotten for that.
+    before it was put there must not be forgotten for that. number: of redrives, if it is known.
     """
     return (
         bool(message.delivery_info.get("redelivered"))
         or _DEATHS in message.headers
-        or (redrives(message.headers) or 0) > 0
+        or (redrives(message.headers) or 0 if number is None else number) > 0
     )
 
 

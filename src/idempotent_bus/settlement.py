@@ -66,7 +66,7 @@ class MessageSettlement:
     of pausing and requeueing, where the caller can hold the message and look again later. ack: acks the message, where
     the caller gathers acks.
 
-    record, fingerprint: in hex, what a dead letter says of the message's record, so that a redrive can tell whether
+    record, fingerprint: what a dead letter says of the message's record, in hex, so that a redrive can tell whether
     it was completed meanwhile, and with which body. Set them once they are known.
     """
 
@@ -82,8 +82,8 @@ class MessageSettlement:
         park: Callable[[float], None] | None = None,
         ack: Callable[[Message], None] | None = None,
     ) -> None:
-        self.record: str | None = None
-        self.fingerprint: str | None = None
+        self.record: bytes | None = None
+        self.fingerprint: bytes | None = None
         self._message = message
         self._queue = queue
         self._scope = scope
@@ -139,7 +139,7 @@ class MessageSettlement:
         """Put the message into the dead letter; once that is confirmed, ack it.
 
         False: it could not be written there. The message is kept, and comes back in a few seconds. record: as the
-        attribute of that name.
+        attribute of that name, in hex.
         """
         try:
             self.rescue(reason, error, attempts, record=record)
@@ -169,8 +169,8 @@ class MessageSettlement:
             DEAD_SCOPE: self._scope,
             DEAD_AT: int(time.time()),
             ORIGIN_QUEUE: queue,
-            DEAD_RECORD: record or self.record,
-            DEAD_FINGERPRINT: self.fingerprint,
+            DEAD_RECORD: record or (None if self.record is None else self.record.hex()),
+            DEAD_FINGERPRINT: None if self.fingerprint is None else self.fingerprint.hex(),
         }
         known: dict[str, Any] = {name: value for name, value in headers.items() if value is not None}
         # What is not known of this death must not be believed from an earlier one, or from whoever published it.

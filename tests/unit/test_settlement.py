@@ -264,7 +264,7 @@ def test_a_dead_letter_says_which_record_it_belongs_to(monkeypatch: pytest.Monke
     assert not set(moves.sent[0][1]) & {DEAD_RECORD, DEAD_FINGERPRINT, ORIGIN_QUEUE}
     assert moves.sent[0][1]["mine"] == 1
     known = settlement(message(headers=forged), queue="q")
-    known.record, known.fingerprint = "ab" * 16, "cd" * 8
+    known.record, known.fingerprint = b"\xab" * 16, b"\xcd" * 8
     assert known.dead_letter(Reason.ATTEMPTS, "", 8)
     assert [moves.sent[1][1][name] for name in (DEAD_RECORD, DEAD_FINGERPRINT, ORIGIN_QUEUE, DEAD_REASON)] == [
         "ab" * 16, "cd" * 8, "q", "attempts",

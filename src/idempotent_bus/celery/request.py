@@ -6,6 +6,7 @@ off, or moves it to the dead letter before Celery acks it, and ends the claim of
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from typing import Any, Final
@@ -152,11 +153,8 @@ class GuardedRequest(Request):
             self._message, queue=None, scope=guard.scope, dead_letter=guard.dead_letter or "", park=self._hold
         )
         settle.request = self
-        try:
-            key = guard.key_of(self._args, self._kwargs, self._request_dict.get(INNER_MSG_ID))
-            settle.record = key.hex()
-        except InvalidMessage:
-            pass  # it has none
+        with contextlib.suppress(InvalidMessage):  # it has none
+            settle.record = guard.key_of(self._args, self._kwargs, self._request_dict.get(INNER_MSG_ID))
         return settle
 
     def _hold(self, delay: float) -> None:
