@@ -159,10 +159,10 @@ def _has_rows(cursor: Any) -> bool:
     return bool(cursor.description) if result is None else result.nfields > 0
 
 
-def _await_result(cursor: Any, driver: Any) -> None:
+def _await_result(cursor: Any) -> None:
     """In a pipeline of the user's (psycopg 3): before it is sent nothing is known; no row would mean "done before"."""
     if getattr(cursor, "pgresult", cursor) is None:
-        with driver.pipeline() as pipeline:
+        with cursor.connection.pipeline() as pipeline:
             pipeline.sync()
 
 
@@ -184,7 +184,7 @@ class _DjangoLink(Link):
         with self._connection.cursor() as cursor:
             cursor.execute(statement.text, statement.arguments(parameters))
             if self.database == "postgresql":
-                _await_result(cursor, self._connection.connection)
+                _await_result(cursor)
             return (list(cursor.fetchall()) if fetch and cursor.description else []), cursor.rowcount
 
 
@@ -208,7 +208,7 @@ class _DriverLink(Link):
         try:
             cursor.execute(statement.text, statement.arguments(parameters))
             if self._package == "psycopg":
-                _await_result(cursor, self.connection)
+                _await_result(cursor)
             return (list(cursor.fetchall()) if fetch and _has_rows(cursor) else []), cursor.rowcount
         finally:
             if cursor is not self._kept:
