@@ -7,6 +7,7 @@ meets all of them; the table shows the medians and the medians of the rounds' ra
 that round's INSERT alone. Everything goes through SQLAlchemy Core, one thread, one connection of a pool:
 
 alone      the business INSERT in a transaction of its own
+together   100 of them in one commit, without any record: what the window could reach at the most
 record     the same, with `inbox.record(connection, ...)` before it
 guarded    the same INSERT as a handler: `Transactions.handle`, one message at a time (identity and body made before)
 window     the same handlers, 100 messages in one commit
@@ -103,6 +104,14 @@ class Bench:
                 connection.execute(self.insert, {"card": CARD})
         return time.perf_counter() - began
 
+    def together(self, count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(0, count, WINDOW):
+            with self.engine.begin() as connection:
+                for _ in range(WINDOW):
+                    connection.execute(self.insert, {"card": CARD})
+        return time.perf_counter() - began
+
     def record(self, count: int) -> float:
         ids = [uuid.uuid4().hex for _ in range(count)]
         began = time.perf_counter()
@@ -155,7 +164,7 @@ def durable(connection: Any, _: Any) -> None:
     connection.execute("PRAGMA synchronous=FULL")
 
 
-WAYS = ("alone", "record", "guarded", "window", "failing")
+WAYS = ("alone", "together", "record", "guarded", "window", "failing")
 
 
 def measure(bench: Bench, messages: int, rounds: int) -> dict[str, list[float]]:
