@@ -69,7 +69,7 @@ def _database(alias: str) -> dict[str, Any]:
         "PASSWORD": url.password or "",
         "HOST": url.host or "",
         "PORT": url.port or "",
-        "ATOMIC_REQUESTS": True,
+        # Not ATOMIC_REQUESTS: each request would open a block here too, also where no test has made this database.
         "CONN_MAX_AGE": 60,
     }
     if alias == "postgresql":

@@ -60,9 +60,9 @@ def manage(*arguments: str, **bus: Any) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def landed(broker: Broker, queue: str, count: int) -> list[str]:
+def landed(broker: Broker, queue: str, count: int, patience: float = 5.0) -> list[str]:
     """The payments in the queue; it looks for one more than should be there."""
-    found = [message.payload["payment_id"] for message in broker.take(queue, count, 5.0)]
+    found = [message.payload["payment_id"] for message in broker.take(queue, count, patience)]
     return sorted(found + [message.payload["payment_id"] for message in broker.take(queue, 100, 0.1)])
 
 
@@ -263,7 +263,7 @@ def test_the_relay_reads_djangos_entry(place: str, broker: Broker) -> None:
     command = [sys.executable, str(RIG), "relay", "--database", place, "--broker", broker.url, "--poll-interval", "30"]
     with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as relay:
         try:
-            assert landed(broker, queue.name, 1) == ["a"]
+            assert landed(broker, queue.name, 1, 30.0) == ["a"]  # a process has to start
             if place == "postgresql":
                 time.sleep(0.3)  # it sleeps now, for half a minute unless it is woken
                 with transaction.atomic(using=place):
