@@ -380,7 +380,7 @@ class Lower:
         yield "bury: killed before the ack", True, self._crashed(put, number)
         yield "bury: cut before the ack", True, self._cut(put, number)
         # It could not be written, as far as is known: put off, and if the record is ours, it does not run again.
-        again = (w.PUT_OFF, *entry[1:5], max(entry[5], self.bounds.most), flags)
+        again = (w.PUT_OFF, *entry[1:5], max(entry[5], self.bounds.most), flags | self._unmoved(entry))
         yield "bury: unconfirmed, but there", True, self._put(put, number, at, again)
         yield "bury: unconfirmed", True, self._put(state, number, at, again)
 
@@ -419,9 +419,16 @@ class Lower:
                 after = self._made(recs, tuple(sorted([*bag, moved])), one, other, left)
                 out.append(Step("redrive: killed in between", who, True, after))
 
-    def _may_be_redriven(self, state: State, key: int) -> bool:
-        dead = any(copy & (w.DEAD | w.REDRIVEN) and self._keys[copy & w.SECOND and 1] == key for copy in state[1])
-        return dead or any(e[3] and self._keys[e[1]] == key for x in (state[2], state[3]) for e in x[0])
+    def _is_kept(self, state: State, key: int) -> bool:
+        """True if the record cannot be forgotten yet, since retention is longer than what may still come (I11).
+
+        While a dead letter may be redriven; while a copy that was is under way, which by then is old as well; and in
+        the moment between two questions of a worker.
+        """
+        never = w.REDRIVEN | (w.DEAD if self.bounds.kept_for_redrive else 0)
+        if any(copy & never and self._keys[copy & w.SECOND and 1] == key for copy in state[1]):
+            return True
+        return any(self._keys[e[1]] == key and (e[3] or e[6] & w.BEGUN) for x in (state[2], state[3]) for e in x[0])
 
     def _of_broker(self, out: list[Step], state: State, faults: bool) -> None:
         """Further copies, redrives, and time."""
@@ -436,6 +443,10 @@ class Lower:
             self._redrive(out, state, faults)
         if self.bounds.ages and not old:
             out.append(Step("grow old", "", False, self._made(recs, bag, one, other, (done, extras, redrives, 1))))
+
+    def _unmoved(self, entry: Entry) -> int:
+        """Flags of a delivery whose dead letter could not be written."""
+        return 0
 
     # --- of a mode --------------------------------------------------------------------------------------
 

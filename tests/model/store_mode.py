@@ -58,6 +58,8 @@ class StoreMode(Lower):
     def __init__(self, bounds: Bounds) -> None:
         super().__init__(bounds)
         self._rules = Rules(bounds)
+        # Each copy that is a first delivery may begin once without being counted.
+        self._most_starts = bounds.most + bounds.messages - self._number + bounds.extras + 1
         self._do = {
             w.FETCHED: self._claim,
             w.RESERVATION: self._turn,
@@ -251,7 +253,7 @@ class StoreMode(Lower):
             st, att, rdv, fp, tov, effect, starts = recs[key]
             tov = 0  # it has been looked at
             starts += 1
-            if starts > self.bounds.most + self.bounds.messages + self.bounds.extras - self._number + 1:
+            if starts > self._most_starts and not self.bounds.ages:
                 return Violation("I12", f"the handler begins for the {starts}th time, {self.bounds.most} are allowed")
             if att > starts and not self.bounds.ages:  # there an old message's claim ends unbegun
                 return Violation("I12", f"{att} attempts are counted, and the handler begins for the {starts}th time")
@@ -506,7 +508,7 @@ class StoreMode(Lower):
             held = rec[0] in (w.RESERVED, w.IN_PROGRESS)
             if held and any(e[4] == w.OWNER and self._keys[e[1]] == key for x in (one, other) for e in x[0]):
                 continue  # it is renewed
-            if self.bounds.kept_for_redrive and self._may_be_redriven(state, key):
+            if self._is_kept(state, key):
                 continue
             fresh = (w.ABSENT, 0, 0, 0, 0, rec[5], 0)
             workers = []

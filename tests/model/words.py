@@ -57,6 +57,13 @@ RELEASE_DEAD: Final = 14  # acked after the dead letter: release the record
 QUARANTINE: Final = 15
 PROBE: Final = 16
 
+# Transactional mode.
+TAKE: Final = 20  # the attempt is counted, or is the first: insert the record
+IN_TRANSACTION: Final = 21  # record, effect and outgoing message are written; commit
+FAILED: Final = 22  # in a window: it raised, and its savepoint is undone; commit with the others
+COUNT_FAILED: Final = 23  # it raised, and is rolled back: count the attempt
+HALF_COMMITTED: Final = 24  # a mutant's: the effect is committed, the record is not
+
 #: Flags of an entry. Claimed singly, whatever comes.
 SINGLY: Final = 1
 #: The broker has its copy back.
@@ -69,6 +76,11 @@ KEPT: Final = 8
 FENCED_OFF: Final = 16
 #: It has begun before, as its record says: to be claimed as an attempt, however old it is.
 BEGUN: Final = 32
+
+#: In one transaction with its neighbour.
+TOGETHER: Final = 64
+#: The transaction is repeated: no attempt of its own.
+REPEATED: Final = 128
 
 #: A nonce that a worker remembers: twice the hold, plus one for a reservation's, plus this for the second body.
 OF_SECOND_BODY: Final = 8
