@@ -92,13 +92,17 @@ class Found:
 
 @dataclass(slots=True)
 class Explored:
-    """What an exploration has shown. finished: the frontier was empty; found: the first violation, if any."""
+    """What an exploration has shown. finished: the frontier was empty; found: the first violation, if any.
+
+    seconds: by the clock; processor: those that it computed. never: actions that never happened.
+    """
 
     name: str
     faults: int
     states: int
     steps: int
     seconds: float
+    processor: float
     depth: int
     finished: bool
     found: Found | None = None
@@ -149,7 +153,10 @@ class _Search:
             here = step.after
         cost = self.costs[at]
         if last is not None:
-            step = next(s for s in model.all_steps(here) if s.action == last.action and s.after == violation)
+            # The same but for names: here the first message may be the second.
+            broken = (s for s in model.all_steps(here) if s.action == last.action and type(s.after) is Violation)
+            step = next(s for s in broken if s.after[0] == violation.invariant)
+            violation = Violation(*step.after)
             trace.append(_told(model, step))
             cost += last.fault
         return Found(violation, trace, cost)
@@ -171,7 +178,7 @@ def explore(
     progress: Callable[[str], None] | None = None,
 ) -> Explored:
     """Explore until the frontier is empty, a violation is found, or `most_states` were visited."""
-    began = time.monotonic()
+    began, computed = time.monotonic(), time.process_time()
     search = _Search(model)
     by_faults: list[int] = []
     found: Found | None = None
@@ -179,11 +186,13 @@ def explore(
     # Those found by a fault wait for the next layer, by depth: (state, parent).
     layers: list[dict[int, list[tuple[State, int]]]] = [{} for _ in range(model.faults + 3)]
     buckets: dict[int, list[int]] = {0: [0]}
+    #: The first violation that a fault leads to, by the layer: (depth, state, step). Fewer faults come first.
+    broken: dict[int, tuple[int, int, Step]] = {}
     for layer in range(model.faults + 1):
         before = len(search.states) if layer else 0
         if layer:
             buckets = {}
-        found = _layer(search, layer, buckets, layers, most_states, progress)
+        found = _layer(search, layer, buckets, layers, broken, most_states, progress)
         by_faults.append(len(search.states) - before)
         if found is not None or len(search.states) >= most_states:
             break
@@ -201,6 +210,7 @@ def explore(
         len(search.states),
         search.count,
         time.monotonic() - began,
+        time.process_time() - computed,
         search.depth,
         finished,
         found,
@@ -215,6 +225,7 @@ def _layer(
     layer: int,
     buckets: dict[int, list[int]],
     layers: list[dict[int, list[tuple[State, int]]]],
+    broken: dict[int, tuple[int, int, Step]],
     most: int,
     progress: Callable[[str], None] | None,
 ) -> Found | None:
@@ -227,6 +238,8 @@ def _layer(
     depth = 0
     while buckets or arriving:
         depth = min(min(buckets, default=1 << 30), min(arriving, default=1 << 30))
+        if layer in broken and broken[layer][0] <= depth:
+            break
         todo = buckets.pop(depth, [])
         for state, parent in arriving.pop(depth, ()):
             if state not in index:
@@ -238,8 +251,12 @@ def _layer(
                 action, _, fault, after = step
                 taken[action] += 1
                 if type(after) is Violation:
-                    search.depth = max(search.depth, depth + 1)
-                    return search.found(at, after, step)
+                    if not fault:
+                        search.depth = max(search.depth, depth + 1)
+                        return search.found(at, after, step)
+                    if fault <= room and depth + 1 < broken.get(layer + fault, (1 << 30,))[0]:
+                        broken[layer + fault] = depth + 1, at, step
+                    continue
                 known = index.get(after)
                 if fault:
                     if known is None and fault <= room:
@@ -262,7 +279,11 @@ def _layer(
             progress(f"{model.name}: faults {layer}, depth {depth}, {len(states)} states")
         if len(states) >= most:
             return None
-    return None
+    if layer not in broken:
+        return None
+    depth, at, step = broken[layer]
+    search.depth = max(search.depth, depth)
+    return search.found(at, step.after, step)  # type: ignore[arg-type]  # a violation
 
 
 def _stuck(search: _Search) -> int | None:

@@ -86,7 +86,7 @@ class InboxMode(Lower):
             more |= {"redrive", "redrive: killed in between"}
         if b.ages:
             more |= {"grow old", "forget", "look"}
-        return frozenset(more) - b.optional
+        return frozenset(more)
 
     # --- one by one ---------------------------------------------------------------------------------------
 

@@ -135,11 +135,11 @@ class Rules:
                 if e[4] != w.OWNER:
                     continue
                 changed[place] = self._superseded(e)
-                if not stalled or self._mutant == "the worker's clock":
+                if not stalled:
                     continue
-                if e[0] == w.SENT and self._policy == "rerun":
+                if e[0] == w.SENT and self._policy == "rerun" and self._mutant != "the worker's clock":
                     effect = 0  # made by one whose lease lapsed: excused
-                if e[0] in (w.CLAIM_LOST, w.PROBE, w.QUARANTINE, w.BURY):
+                if e[0] in (w.CLAIM_LOST, w.PROBE, w.QUARANTINE):
                     starts += 1
             if mem[key] >> 1 & 3 == w.OWNER and not mem[key] & 1:
                 starts += 1  # counted in doubt, and now nobody will begin it

@@ -41,7 +41,7 @@ AGE_BY_ATTEMPT: Final = "too old only at the first attempt"
 
 #: What can happen in every configuration.
 _EVERY: Final = """
-fetch, claim, ask again, effect, complete, ack, put off, let go, crash, cut, take over a stalled, claim: reply lost,
+fetch, claim, ask again, effect, effect refused by the fence, complete, ack, put off, let go, crash, cut, take over a stalled, claim: reply lost,
 claim: silent, claim: silent, but done, complete: reply lost, complete: silent, complete: silent, but done,
 put off: killed before the ack, put off: cut before the ack, put off: unconfirmed, put off: unconfirmed, but there
 """
@@ -58,6 +58,8 @@ class StoreMode(Lower):
     def __init__(self, bounds: Bounds) -> None:
         super().__init__(bounds)
         self._rules = Rules(bounds)
+        fast = bounds.mutant == "the worker's clock"
+        self._taking_over = "take over, by a clock that is fast" if fast else "take over a stalled"
         # Each copy that is a first delivery may begin once without being counted.
         self._most_starts = bounds.most + bounds.messages - self._number + bounds.extras + 1
         self._do = {
@@ -93,7 +95,7 @@ class StoreMode(Lower):
         if b.redrives:
             more |= {"redrive", "redrive: killed in between"}
         if b.ages:
-            more |= {"grow old", "forget"}
+            more |= {"grow old", "forget", "give back"}
         more |= {f"raise {how}" for how in b.raises}
         if "again" in b.raises:
             more |= {"release", "release: silent"}
@@ -105,8 +107,9 @@ class StoreMode(Lower):
         if b.policy == "quarantine":
             more |= {"quarantine", "quarantine: silent", "a person says: done", "a person says: not done"}
         if b.policy == "probe":
-            more |= {"probe: done", "probe: not done", "probe: raised", "quarantine"}
-        return frozenset(more) - b.optional
+            more |= {"probe: done", "probe: not done", "probe: raised", "quarantine", "quarantine: silent"}
+            more |= {"a person says: done", "a person says: not done"}
+        return frozenset(more)
 
     # --- taking deliveries --------------------------------------------------------------------------------
 
@@ -138,7 +141,7 @@ class StoreMode(Lower):
                 cost = first.fault + second.fault
                 if cost and not faults:
                     continue
-                action = "take over a stalled" if cost else "reserve"
+                action = self._taking_over if cost else "reserve"
                 st: Any = second.after
                 mine = [
                     _reserved(entry, answer) for entry, answer in zip(st[2 + number][0], (first, second), strict=True)
@@ -183,7 +186,7 @@ class StoreMode(Lower):
     def _ask(self, state: State, number: int, at: int, entry: Entry, action: str, reserve: bool) -> Steps:
         key = self._keys[entry[1]]
         for answer in self._answers(state, number, at, entry, reserve=reserve):
-            name = "take over a stalled" if answer.fault else action
+            name = self._taking_over if answer.fault else action
             yield name, answer.fault, self._dispatched(answer, number, at, entry, reserve)
             if answer.kind == CLAIMED and not answer.fault:
                 after, entry_now = answer.after, answer.after[2 + number][0][at]
@@ -214,6 +217,8 @@ class StoreMode(Lower):
         now = state[2 + number][0][at]
         if isinstance(answer.violation, Violation):
             return answer.violation
+        if answer.kind == COMPLETED_BEFORE and not state[4][0] >> now[1] & 1 and self._mutant == "scopes share a key":
+            return Violation("I14", "a message of one scope is told that it is done, since another scope's is")
         if answer.kind != CLAIMED:
             return self._put(state, number, at, self._refused(answer, now))
         got = (w.RESERVATION, *now[1:4], w.OWNER, answer.attempt, now[6])

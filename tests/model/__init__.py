@@ -1,0 +1,1 @@
+"""The protocol as an executable model, explored exhaustively; see `__main__.py` for the long form."""
