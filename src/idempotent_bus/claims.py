@@ -51,7 +51,9 @@ class Claims:
         self._clock = clock
         self._step = step
         self._lock = threading.Lock()
-        self._doubtful: dict[bytes, tuple[bytes, bool]] = {}  # the nonce, and whether it was a reservation
+        #: By key and fingerprint: the nonce, and whether it was a reservation. The store recognises a nonce whatever
+        #: the body, so another body's claim must never carry it: it would run in the place of this one.
+        self._doubtful: dict[tuple[bytes, bytes | None], tuple[bytes, bool]] = {}
         self.silence = Silence(policy, clock)
 
     def store(self) -> Store:
@@ -61,10 +63,13 @@ class Claims:
             raise ConfigurationError(f'{type(store).__name__} has no quarantine, which on_abandoned="quarantine" needs')
         return store
 
-    def singly(self, work: Work, request: ClaimRequest | None = None) -> Claim:
-        """Claim one message now. request: a claim made before, whose answer was lost or is getting old."""
+    def singly(self, work: Work, request: ClaimRequest | None = None, *, reserve: bool = False) -> Claim:
+        """Claim one message now. request: a claim made before, whose answer was lost or is getting old.
+
+        reserve: without counting an attempt, for what may not be run.
+        """
         if request is None:
-            request = self._request(work)
+            request = self._request(work, reserve=reserve)
         late: Claim | None = None
         doubt: object = None
         for _ in range(_TRIES):
@@ -132,7 +137,7 @@ class Claims:
         """
         with self._lock:
             if len(self._doubtful) < _MOST_DOUBTFUL:
-                self._doubtful[request.key] = request.nonce, request.reserve
+                self._doubtful[request.key, request.fingerprint] = request.nonce, request.reserve
 
     def give_back(self, claim: Claim) -> None:
         """Give back a claim whose handler never started: it costs no attempt."""
@@ -158,7 +163,7 @@ class Claims:
         nonce = None
         if self._doubtful:
             with self._lock:
-                nonce, reserve = self._doubtful.pop(work.key, (None, reserve))
+                nonce, reserve = self._doubtful.pop((work.key, work.fingerprint), (None, reserve))
         return ClaimRequest(
             work.key,
             nonce or work.nonce or os.urandom(NONCE_BYTES),

@@ -99,7 +99,7 @@ class Executor:
 
     def handle(self, work: Work) -> Ending:
         """Claim singly and handle one delivery; settles it, whatever happens, unless the broker's connection fails."""
-        return self._dispatch(work, self._claims.singly(work), self.finish)
+        return self._dispatch(work, self._look(work), self.finish)
 
     def handle_window(self, works: Sequence[Work]) -> list[Ending]:
         """Handle deliveries that are already here, claiming first deliveries together in one round trip.
@@ -125,7 +125,7 @@ class Executor:
                 if streamed is not None:
                     streamed.make_room(work.key)
                 if claim is None:
-                    claim = claims.singly(work)
+                    claim = self._look(work)
                 elif claim.outcome is None or claims.is_late(claim):
                     # Its reply was lost, or neighbours took long: asking again with the same nonce tells whether
                     # it is ours.
@@ -188,6 +188,14 @@ class Executor:
 
     # --- what a claim says ----------------------------------------------------------------------------
 
+    def _look(self, work: Work) -> Claim:
+        """Claim singly. What may have been done and forgotten counts no attempt before its record was looked at.
+
+        Else a worker that dies before the dead letter leaves a counted attempt, by which the next one could not tell
+        the message from one that has only failed before, and would run it.
+        """
+        return self._claims.singly(work, reserve=self._failing.is_too_old(work))
+
     def _dispatch(self, work: Work, claim: Claim, finish: Finish) -> Ending:
         outcome = claim.outcome
         if isinstance(outcome, Claimed):
@@ -224,6 +232,9 @@ class Executor:
         if outcome.taken_over:
             self._tell(EventKind.ABANDONED, work, execution)
             if self.policy.on_abandoned != "rerun":
+                if claim.request.reserve:  # as below: what is decided now may start it
+                    self._claims.give_back(claim)
+                    return self._dispatch(work, self._claims.singly(work), finish)
                 return self._abandoned(work, execution, finish)
         elif attempt == 1 and self._failing.is_too_old(work):
             # No record is there, or one that was never started: it may be new, or done and forgotten.

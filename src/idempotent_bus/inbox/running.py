@@ -81,6 +81,9 @@ class Answer(NamedTuple):
     again: float = 0.0
 
 
+_TOO_OLD: Final = Answer(Ended.DEAD, None, Reason.TOO_OLD, "older than the retention, so it may have been done before")
+
+
 class Transactions:
     """Guards the work of one scope. Safe for threads.
 
@@ -170,6 +173,8 @@ class Transactions:
         """What to answer the broker. Raises SQLAlchemyError if the database does not tell."""
         counted = 0
         if work.redelivered:
+            if self._failing.is_too_old(work) and self.step(CLAIM, self._is_unknown, work):
+                return _TOO_OLD
             counted = self._count(CLAIM, work)
             if counted > self._most_attempts:
                 return Answer(Ended.DEAD, None, Reason.ATTEMPTS, "the attempts are used up", counted - 1)
@@ -307,7 +312,7 @@ class Transactions:
         if attempt > self._most_attempts:
             return Answer(Ended.DEAD, None, Reason.ATTEMPTS, "the attempts are used up", attempt - 1)
         if attempt == 1 and self._failing.is_too_old(work):
-            return Answer(Ended.DEAD, None, Reason.TOO_OLD, "older than the retention, so it may have been done before")
+            return _TOO_OLD
         return None
 
     def busy(self, work: Work) -> Answer:
@@ -356,6 +361,16 @@ class Transactions:
         if seen is None or not seen.completed:
             return None
         return self.failed(work, HandlerEndedIt(), 1)
+
+    def _is_unknown(self, work: Work) -> bool:
+        """True if no attempt of it is known. Raises SQLAlchemyError if that is in doubt.
+
+        Asked before the attempt of an old message is counted: once it is, and the worker dies, the next one could not
+        tell the message from one that has only failed before, and would run it.
+        """
+        with self.inbox.transaction(apart=True) as opened, translated(opened.connection):
+            taken = self.inbox.records.take(opened.link, work, self.policy.retention)
+        return taken is not None and not taken.attempts
 
     def _count(self, step: str, work: Work, least: int = 1) -> int:
         """Count an attempt in a transaction of its own; 0: completed. Raises SQLAlchemyError if that is in doubt."""
