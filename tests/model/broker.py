@@ -22,7 +22,7 @@ Why the model is small, and loses nothing by it:
   it is taken away at once, except a handler that still runs. A configuration without this shows the acks and replays.
 * A delivery whose hold was superseded, and whose next step is only told so, has been told.
 
-`reduced=False` switches all but the first two off, for a check of the rest.
+`reduced=False` switches off who goes first, and what is taken away at once: a check of these two.
 """
 
 from __future__ import annotations
