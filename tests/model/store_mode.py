@@ -42,8 +42,9 @@ AGE_BY_ATTEMPT: Final = "too old only at the first attempt"
 #: What can happen in every configuration.
 _EVERY: Final = """
 fetch, claim, ask again, effect, effect refused by the fence, complete, ack, put off, let go, crash, cut,
-take over a stalled, claim: reply lost, claim: silent, claim: silent, but done, complete: reply lost, complete: silent, complete: silent, but done,
-put off: killed before the ack, put off: cut before the ack, put off: unconfirmed, put off: unconfirmed, but there
+take over a stalled, claim: reply lost, claim: silent, claim: silent, but done, complete: reply lost,
+complete: silent, complete: silent, but done, put off: killed before the ack, put off: cut before the ack,
+put off: unconfirmed, put off: unconfirmed, but there
 """
 
 
