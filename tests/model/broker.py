@@ -424,12 +424,17 @@ class Lower:
         """True if the record cannot be forgotten yet, since retention is longer than what may still come (I11).
 
         While a dead letter may be redriven; while a copy that was is under way, which by then is old as well; and in
-        the moment between two questions of a worker.
+        the moment between two questions of a worker: it does not rest for a whole retention there.
         """
+        asking = (w.CLAIM_LOST, w.GIVE_BACK)
         never = w.REDRIVEN | (w.DEAD if self.bounds.kept_for_redrive else 0)
         if any(copy & never and self._keys[copy & w.SECOND and 1] == key for copy in state[1]):
             return True
-        return any(self._keys[e[1]] == key and (e[3] or e[6] & w.BEGUN) for x in (state[2], state[3]) for e in x[0])
+        return any(
+            self._keys[e[1]] == key and (e[3] or e[6] & w.BEGUN or e[0] in asking)
+            for x in (state[2], state[3])
+            for e in x[0]
+        )
 
     def _of_broker(self, out: list[Step], state: State, faults: bool) -> None:
         """Further copies, redrives, and time."""

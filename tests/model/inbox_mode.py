@@ -9,6 +9,10 @@ hence nothing for a clock error to break (I7). A COMMIT whose reply is lost was 
 its transaction holds the locks, and ends at any later time, by itself. Who inserts meanwhile waits, or is told after a
 while that the record is busy.
 
+One thing is excused that the library could do better: what came back is counted before it is known whether another
+delivery is in its way. Two that count in the moment between the other's count and its insert both pay for an attempt,
+and one of them only to hear that the record is busy (I12). Nothing is lost by it but an attempt.
+
 A record is (state, attempts, redrive, fingerprint, lock, effects, outgoing, starts). Effects and outgoing messages are
 counted without any bound, so that a double shows.
 """
@@ -159,7 +163,7 @@ class InboxMode(Lower):
         if lock != _FREE and mutant != "looks instead of inserting":
             recs = state[0]
             if entry[5] and not flags & w.REPEATED:
-                # It was counted, and then met another delivery, which had counted just before: see `report.py`.
+                # It was counted, and then met another delivery, which had counted just before: see the module.
                 recs = self._with(state, key, (*rec[:7], starts + 1))
             yield "take", False, self._put(state, number, at, off(entry), recs=recs)
         elif st == w.COMPLETED and mutant != "no record":
