@@ -408,6 +408,19 @@ def test_a_claim_whose_reply_was_lost_is_recognised(bench: Bench) -> None:
     assert bench.steps.passed == [CLAIM, CLAIM, HANDLER, COMPLETE, ACK]
 
 
+def test_a_claim_in_doubt_is_not_another_bodys(bench: Bench) -> None:
+    """I8: what is remembered of a claim in doubt is for the same body only: another one must not run as its holder."""
+    bench.steps.reply_lost(CLAIM, 2)
+    executor = bench.executor()
+    first = bench.work(lambda: "first", fingerprint=b"body one")
+    assert executor.handle(first).how is Ended.IN_DOUBT
+    other = bench.work(boom, fingerprint=b"body two", redelivered=True)
+    assert executor.handle(other).how is Ended.DEAD
+    again = bench.work(lambda: "first", fingerprint=b"body one", redelivered=True)
+    ending = executor.handle(again)
+    assert (ending.how, ending.value) == (Ended.COMPLETED, "first")
+
+
 def test_no_handler_starts_past_half_its_lease(bench: Bench) -> None:
     """A claim whose reply took more than half the lease is asked again, which renews it, before anything runs."""
 
