@@ -34,8 +34,23 @@ READ: Final = "read"
 CONFIRM: Final = "confirm"
 MARK: Final = "mark"
 STEPS: Final = (
-    *(PUBLISH, CLAIM, HANDLER, RENEW, COMPLETE, DURABLE, RELEASE, DEAD_LETTER, WAIT, ACK, COMMIT),
-    *(READ, CONFIRM, MARK),
+    PUBLISH,
+    CLAIM,
+    HANDLER,
+    RENEW,
+    COMPLETE,
+    DURABLE,
+    RELEASE,
+    DEAD_LETTER,
+    WAIT,
+    ACK,
+    COMMIT,
+    ABANDON,
+    PROBE,
+    QUARANTINE,
+    READ,
+    CONFIRM,
+    MARK,
 )
 
 

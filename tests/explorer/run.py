@@ -1,0 +1,257 @@
+"""Explore the real code: every fault at every named step, every pair of them, workers in turns, and random ones beyond.
+
+    python tests/explorer/run.py                       # everything, with progress; writes reports/explorer.md
+    python tests/explorer/run.py --places memory,sqlite --random 200
+    python tests/explorer/run.py --replay 'memory|two copies|3:crash-before,7:error'
+
+After each schedule the faults stop, workers are started again, all is drained, and the history is checked. A schedule
+after which something does not hold is printed as a line that replays it. In the same run controls, the code with one
+protection taken out, must show damage, or the run is void. Exits with 1 if either fails. The short form is
+tests/explorer/test_explorer.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import platform
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from bus import Bus, BusWorld, opened_bus
+from controls import CONTROLS, INBOX_CONTROLS, damage
+from places import FOLDER, Place, opened
+from scenarios import ALONE, INBOX, INBOX_TOGETHER, TOGETHER, actions_for
+from world import Scenario, World
+
+import servers
+from idempotent_bus import hooks
+from idempotent_bus.testing.explorer import Coverage, Failure, explore
+from idempotent_bus.testing.faults import FAULTS, Action, Plan, plan_of, text_of
+
+REPORT = Path(__file__).parent / "reports" / "explorer.md"
+PLACES = ("memory", "sqlite", "redis", "postgresql")
+#: How many random schedules beyond the pairs each scenario gets, where `--random` does not say.
+BEYOND = {"memory": 4500, "sqlite": 1200, "sqlite inbox": 600, "redis": 100, "postgresql": 100, "postgresql inbox": 20}
+#: The scenarios that are so small that every third fault can be tried too, in memory.
+SMALL = ("one", "one, in a window", "one, manual", "two copies", "quarantine", "probe")
+#: How far the whole way over kombu goes: pairs where a run is quick, else singles.
+BUS_DEPTH = {"memory": 2, "sqlite": 2, "redis": 1, "postgresql": 1}
+
+
+@dataclass
+class Row:
+    """What came of one place's scenarios together."""
+
+    name: str
+    coverage: Coverage = field(default_factory=Coverage)
+    scenarios: int = 0
+    seconds: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def schedules(self) -> int:
+        return self.coverage.schedules.total()
+
+
+def scenarios_of(place: Place) -> dict[str, Scenario]:
+    if not place.transactional:
+        return {**ALONE, **TOGETHER}
+    return {**INBOX, **(INBOX_TOGETHER if place.name.startswith("sqlite") else {})}
+
+
+def run_one(
+    row: Row,
+    name: str,
+    run: Callable[[Plan], list[str]],
+    actions: tuple[Action, ...],
+    depth: int,
+    beyond: int,
+    seed: int,
+) -> None:
+    """One scenario. A failure is printed as the line that replays it, and ends this scenario only."""
+    began, shown = time.monotonic(), time.monotonic()
+    coverage = Coverage()
+
+    def progress() -> None:
+        nonlocal shown
+        if time.monotonic() - shown > 10:
+            shown = time.monotonic()
+            print(f"    {row.name}, {name}: {coverage.schedules.total()} schedules", flush=True)
+
+    try:
+        explore(run, actions=actions, depth=depth, beyond=beyond, seed=seed, coverage=coverage, on_progress=progress)
+    except Failure as failure:
+        line = f"python tests/explorer/run.py --replay '{row.name}|{name}|{text_of(failure.plan)}'"
+        row.failures.append(f"{failure.cause}: `{line}`")
+        print(f"FAILED {failure.cause}\n  {line}", flush=True)
+    row.coverage.add(coverage)
+    row.scenarios += 1
+    row.seconds += time.monotonic() - began
+    total = coverage.schedules.total()
+    print(f"  {row.name}, {name}: {total} schedules, {total / (time.monotonic() - began):.0f}/s", flush=True)
+
+
+def explore_place(name: str, random: int | None, seed: int) -> tuple[Row, list[str], list[str]]:
+    """All scenarios of a place, then its controls. Gives the row, the controls' lines, and what voids the run."""
+    row, lines, void = Row(name), [], []
+    beyond = BEYOND[name] if random is None else random
+    with opened(name) as place:
+        for title, scenario in scenarios_of(place).items():
+            actions = actions_for(scenario, transactional=place.transactional)
+            depth = 3 if name == "memory" and title in SMALL else 2
+
+            def run(plan: Plan, scenario: Scenario = scenario) -> list[str]:
+                return World(scenario, plan, place).play().script.passed
+
+            run_one(row, title, run, actions, depth, beyond, seed)
+        for title in INBOX_CONTROLS if place.transactional else CONTROLS:
+            expected = (INBOX_CONTROLS if place.transactional else CONTROLS)[title][0]
+            found, number = damage(title, place)
+            broken = ", ".join(f"{invariant} in {count}" for invariant, count in sorted(found.items())) or "nothing"
+            lines.append(f"| {name} | {title} | {number} | {expected} | {broken} |")
+            print(f"  {name}, control {title}: {broken} of {number} schedules", flush=True)
+            if not found[expected]:
+                void.append(f"{name}: the control {title!r} shows no damage")
+    return row, lines, void
+
+
+@contextlib.contextmanager
+def _opened_bus(name: str) -> Iterator[tuple[Place, Bus]]:
+    urls = {"redis": servers.REDIS, "postgresql": servers.POSTGRESQL}
+    with (
+        tempfile.TemporaryDirectory(dir=FOLDER) as folder,
+        opened(name) as place,
+        opened_bus(name, folder, **urls) as bus,
+    ):
+        yield place, bus
+
+
+def explore_bus(name: str, random: int | None, seed: int) -> Row:
+    """The whole way over a kombu connection."""
+    row = Row(f"{name} bus")
+    urls = {"redis": servers.REDIS, "postgresql": servers.POSTGRESQL}
+    with (
+        tempfile.TemporaryDirectory(dir=FOLDER) as folder,
+        opened(name) as place,
+        opened_bus(name, folder, **urls) as bus,
+    ):
+
+        def run(plan: Plan) -> list[str]:
+            return BusWorld(plan, place, bus).play().script.passed
+
+        beyond = (300 if BUS_DEPTH[name] == 2 else 0) if random is None else random // 10
+        run_one(row, "outbox, relay, broker, consumer", run, FAULTS, BUS_DEPTH[name], beyond, seed)
+    return row
+
+
+def replay(line: str) -> int:
+    """Run one schedule again and show what happened."""
+    where, name, plan = line.split("|")
+    if where.endswith(" bus"):
+        with _opened_bus(where.removesuffix(" bus")) as (place, bus):
+            return _show(BusWorld(plan_of(plan), place, bus))
+    with opened(where) as place:
+        return _show(World(scenarios_of(place)[name], plan_of(plan), place))
+
+
+def _show(world: World | BusWorld) -> int:
+    code = 0
+    try:
+        world.play()
+    except AssertionError as found:
+        print("found:", found)
+        code = 1
+    for number, step in enumerate(world.script.passed, 1):
+        action = world.script.plan.get(number)
+        print(f"{number:4} {step:12} {action.value if action else ''}")
+    for entry in getattr(world, "history", ()):
+        print("    ", *entry)
+    return code
+
+
+def write(path: Path, rows: list[Row], controls: list[str], void: list[str], seconds: float) -> None:
+    everything = Coverage()
+    for row in rows:
+        everything.add(row.coverage)
+    steps = [step for step in hooks.STEPS if everything.steps[step] or any(everything.met[step, a] for a in FAULTS)]
+    met = sum(1 for step in hooks.STEPS for action in FAULTS if everything.met[step, action])
+    total, pairs = everything.schedules.total(), len(hooks.STEPS) * len(FAULTS)
+    lines = [
+        "# The explorer, long form",
+        "",
+        f"{time.strftime('%Y-%m-%d')}, {platform.system()}, Python {platform.python_version()}. Made by "
+        "`python tests/explorer/run.py`.",
+        "",
+        f"{total:,} schedules in {seconds:.0f} s; {met} of {pairs} pairs of a named step and a fault; violations: "
+        f"{sum(len(row.failures) for row in rows)}.",
+        "",
+        "`bus`: the whole way over a real kombu connection (outbox, relay, producer, broker, consumer). The others",
+        "run the executor over a broker in memory; the store, or the inbox, is the real one. SQLite lies in memory,",
+        "PostgreSQL commits without waiting for the disk: explored is what is written when, not what a disk keeps.",
+        "",
+        "| place | scenarios | no fault | singles | pairs | triples | more | schedules | seconds | a second | broken |",
+        "|---" * 11 + "|",
+    ]
+    for row in rows:
+        count = row.coverage.schedules
+        more = sum(number for actions, number in count.items() if actions > 3)
+        rate = f"{row.schedules / max(row.seconds, 0.001):.0f}"
+        cells: list[object] = [row.name, row.scenarios, *(count[actions] for actions in range(4)), more]
+        cells += [row.schedules, f"{row.seconds:.0f}", rate, len(row.failures)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "How often each step met each action:", "", "| step | " + " | ".join(a.value for a in Action) + " |"]
+    lines.append("|---" * (len(Action) + 1) + "|")
+    lines += [f"| {step} | " + " | ".join(str(everything.met[step, a]) for a in Action) + " |" for step in steps]
+    missing = everything.missing(hooks.STEPS)
+    lines += ["", f"Never met: {missing or 'none'}.", ""]
+    lines += ["Controls, of which each must show its damage:", ""]
+    lines += ["| place | without | schedules | must break | broken |", "|---|---|---|---|---|", *controls, ""]
+    if void:
+        lines += ["**Void:** " + "; ".join(void), ""]
+    failures = [failure for row in rows for failure in row.failures]
+    lines += [f"* {failure}" for failure in failures]
+    path.write_text("\n".join(lines).rstrip() + "\n")
+    print(f"wrote {path}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--places", default=",".join(PLACES), help="of memory, sqlite, redis, postgresql")
+    parser.add_argument("--random", type=int, help="random schedules beyond, for each scenario")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--report", type=Path, default=REPORT)
+    parser.add_argument("--replay", help="place|scenario|plan, as a failure prints it")
+    given = parser.parse_args()
+    logging.disable(logging.CRITICAL)  # thousands of scripted failures, each logged with its traceback
+    if given.replay:
+        return replay(given.replay)
+    began = time.monotonic()
+    rows: list[Row] = []
+    controls: list[str] = []
+    void: list[str] = []
+    kinds = Counter(given.places.split(","))
+    for name in (*kinds, *(f"{kind} inbox" for kind in kinds if kind in ("sqlite", "postgresql"))):
+        print(name, flush=True)
+        row, lines, problems = explore_place(name, given.random, given.seed)
+        rows.append(row)
+        controls += lines
+        void += problems
+    rows += [explore_bus(kind, given.random, given.seed) for kind in kinds]
+    write(given.report, rows, controls, void, time.monotonic() - began)
+    for problem in void:
+        print("VOID", problem)
+    return 1 if void or any(row.failures for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
