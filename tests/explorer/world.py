@@ -26,6 +26,7 @@ from idempotent_bus.lease import LeaseKeeper
 from idempotent_bus.model import Claimed, ClaimRequest, Hold, Reason, State
 from idempotent_bus.policy import Policy
 from idempotent_bus.testing.broker import Delivery, MemoryBroker
+from idempotent_bus.testing.driving import Driver
 from idempotent_bus.testing.faults import Action, FaultyStep, Killed, Plan, Script, Watch
 from idempotent_bus.testing.interleaving import Turns
 from idempotent_bus.work import Ended, Ending, Work
@@ -33,8 +34,6 @@ from idempotent_bus.work import Ended, Ending, Work
 LEASE = 60.0
 MAX_ATTEMPTS = 3
 VISIBILITY = 100.0
-#: No run has so many rounds, in whatever order: one that has never becomes quiet.
-MOST_ROUNDS = 300
 
 
 class Violation(BaseException):
@@ -378,66 +377,14 @@ class World(Watch):
         return resolved
 
     def _drain(self) -> None:
-        if self.scenario.workers > 1:
-            self._drain_in_turns()
-        else:
-            self._drain_alone()
-
-    def _drain_alone(self) -> None:
-        broker, most = self.broker, max(self.scenario.window, 1)
-        for _ in range(MOST_ROUNDS):
-            deliveries = broker.receive(0, most)
-            if deliveries:
-                self._settle(0, deliveries)
-                continue
-            ready = broker.next_ready
-            if ready is None:
-                return
-            self._pass(ready - self._now())
-        raise Violation("I13: it never becomes quiet")
-
-    def _drain_in_turns(self) -> None:
-        broker, workers, most = self.broker, self.scenario.workers, max(self.scenario.window, 1)
-        turns = self.turns = self._turns.get(workers) or self._seats(workers)
-        current = 0
-        for _ in range(MOST_ROUNDS):
-            order = [(current + offset) % workers for offset in range(workers)]
-            chosen = next(
-                (w for w in order if (turns.is_paused(w) and w not in self.stalled) or self._may_begin(w)), None
-            )
-            if chosen is None:
-                ready = broker.next_ready
-                if ready is not None and ready > self._now():
-                    self._pass(ready - self._now())
-                    continue
-                if not self.stalled:
-                    return
-                # Nothing else can be done: it goes on where it stood still.
-                chosen = min(self.stalled)
-                self.stalled.discard(chosen)
-            if turns.is_paused(chosen):
-                why = turns.resume(chosen)
-            else:
-                deliveries = broker.receive(chosen, most)
-                why = turns.resume(chosen, lambda w=chosen, d=deliveries: self._settle(w, d))  # type: ignore[misc]
-            current = chosen
-            if why is Action.SWITCH:
-                current = (chosen + 1) % workers
-            elif why is Action.SWITCH_2:
-                current = (chosen + 2) % workers
-            elif why is Action.STALL:
-                self.stalled.add(chosen)
-                broker.close_channel(chosen, after=VISIBILITY)
-                current = (chosen + 1) % workers
-        raise Violation("I13: it never becomes quiet")
-
-    def _seats(self, workers: int) -> Turns:
-        made = self._turns[workers] = Turns(workers)
-        return made
-
-    def _may_begin(self, worker: int) -> bool:
-        assert self.turns is not None
-        return not self.turns.is_paused(worker) and self.broker.has_ready
+        workers = self.scenario.workers
+        if workers > 1:
+            if workers not in self._turns:
+                self._turns[workers] = Turns(workers)
+            self.turns = self._turns[workers]
+        most = max(self.scenario.window, 1)
+        driver = Driver(self.broker, self._settle, self._pass, turns=self.turns, most=most, visibility=VISIBILITY)
+        driver.drain()
 
     # --- what must hold in the end --------------------------------------------------------------------------
 
@@ -479,15 +426,20 @@ class World(Watch):
                 )
             if effects[biz_id] > 1 + excused:
                 raise Violation(f"I2: {effects[biz_id]} effects of {biz_id}, {excused} excused")
-            fails = scenario.fails.get(biz_id, 0)
+            fails, doubts = scenario.fails.get(biz_id, 0), scenario.doubts.get(biz_id, 0)
             hopeless = biz_id in scenario.forbidden or biz_id in scenario.stale
             expected = int(fails < MAX_ATTEMPTS or scenario.redrive)
             if scenario.on_abandoned == "rerun":
-                expected += scenario.doubts.get(biz_id, 0)
+                expected += doubts
             if not faults and not hopeless and effects[biz_id] != expected:
                 raise Violation(f"I2: {effects[biz_id]} effects of {biz_id} without any fault")
             given_up = dead[biz_id] - conflicts[biz_id]
-            if given_up and not hopeless and fails + faults < MAX_ATTEMPTS and scenario.on_abandoned == "rerun":
+            if (
+                given_up
+                and not hopeless
+                and fails + doubts + faults < MAX_ATTEMPTS
+                and scenario.on_abandoned == "rerun"
+            ):
                 raise Violation(f"I12: {biz_id} was given up after {fails} failures and {faults} faults")
             two_bodies = any(letter.isupper() and letter.lower() == biz_id for letter in scenario.copies)
             if two_bodies and completed and not conflicts[biz_id]:

@@ -41,6 +41,11 @@ class Turns:
             seat.thread = threading.Thread(target=self._live, args=(seat,), name=f"worker-{number}", daemon=True)
             seat.thread.start()
 
+    @property
+    def workers(self) -> int:
+        """How many there are."""
+        return len(self._seats)
+
     def is_paused(self, worker: int) -> bool:
         """True if it has handed over in the middle of something."""
         return self._seats[worker].paused
