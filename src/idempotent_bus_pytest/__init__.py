@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from idempotent_bus.testing import FaultyStore, ManualClock, MemoryBroker
     from idempotent_bus.testing.delivering import Crash, Delivered
 
+# What they assert is told as pytest tells it in a test of one's own. Nothing is imported by this.
+pytest.register_assert_rewrite(
+    "idempotent_bus.testing.store_capabilities",
+    "idempotent_bus.testing.store_contract",
+    "idempotent_bus.testing.transport_contract",
+)
+
 _WAYS = ("twice", "late", "out of order", "concurrently")
 
 

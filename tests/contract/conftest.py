@@ -12,7 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import stores
-from suite import Subject
+
+from idempotent_bus.testing.store_contract import Subject
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from suite import LONG, Subject, abandon, ask, complete, release, take
-
 from idempotent_bus.model import Claimed, ClaimRequest, Completed, Hold, State
 from idempotent_bus.stores.memory import MemoryStore
+from idempotent_bus.testing.store_contract import LONG, Subject, abandon, ask, complete, release, take
 
 T = TypeVar("T")
 

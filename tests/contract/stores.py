@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from suite import Subject
-
 import servers
 from idempotent_bus.stores import open_store
 from idempotent_bus.stores.memory import MemoryStore
+from idempotent_bus.testing.store_contract import Subject
 
 #: Opens a place for one run of the tests, given a directory; cleans up what it made.
 Place = Callable[[Path], AbstractContextManager[Subject]]

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import capabilities
 import pytest
 import redis_short
 import stores
-import suite
-from suite import Subject
 
 import servers
 from idempotent_bus.model import ClaimOutcome, ClaimRequest
 from idempotent_bus.stores import memory, redis
+from idempotent_bus.testing import store_capabilities as capabilities
+from idempotent_bus.testing import store_contract as suite
+from idempotent_bus.testing.store_contract import Subject
 
 CHECKS = (
     suite.StoreContract,

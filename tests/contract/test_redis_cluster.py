@@ -6,15 +6,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import capabilities
 import pytest
-import suite
 from private_redis import PrivateRedis
 from redis.cluster import RedisCluster
-from suite import Subject, ask, complete, new_key, take, won
 
 from idempotent_bus.errors import ConfigurationError, StoreUnavailable
 from idempotent_bus.stores.redis import RedisStore
+from idempotent_bus.testing import store_capabilities as capabilities
+from idempotent_bus.testing import store_contract as suite
+from idempotent_bus.testing.store_contract import Subject, ask, complete, new_key, take, won
 
 HALF = 8192
 

@@ -10,10 +10,10 @@ import pytest
 import redis_short
 from private_redis import PrivateRedis
 from redis_short import completed, fast, in_slot, remembered
-from suite import LONG, Subject, ask, complete, new_key, take
 
 from idempotent_bus.model import Completed, Hold
 from idempotent_bus.stores.redis import open_redis
+from idempotent_bus.testing.store_contract import LONG, Subject, ask, complete, new_key, take
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from redis import Connection, ConnectionPool, Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError, OutOfMemoryError, ReadOnlyError, ResponseError, TimeoutError
 from redis.retry import Retry
-from suite import abandon, ask, complete, new_key, release, renew, take, won
 
 import servers
 from idempotent_bus.errors import ConfigurationError, StoreUnavailable
@@ -25,6 +24,7 @@ from idempotent_bus.model import Busy, Completed, Completion, Hold, Quarantined,
 from idempotent_bus.stores import open_store
 from idempotent_bus.stores.redis import RedisStore, open_redis
 from idempotent_bus.stores.redis_stream import RedisStream
+from idempotent_bus.testing.store_contract import abandon, ask, complete, new_key, release, renew, take, won
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from stores import drop_tables
-from suite import Subject
 from test_mutants import Mutant, check, replaced, survivors
 
 import servers
@@ -26,6 +25,7 @@ from idempotent_bus import dialects
 from idempotent_bus.errors import StoreUnavailable
 from idempotent_bus.model import Claimed, ClaimRequest, Hold
 from idempotent_bus.stores import sql, sql_flavours
+from idempotent_bus.testing.store_contract import Subject
 
 STALE = ("test_a_stale_hold_can_do_nothing", "test_a_nonce_used_again_does_not_revive_an_old_token")
 RACE = ("test_one_of_100_racing_threads_wins", "test_busy_says_when_and_changes_nothing")

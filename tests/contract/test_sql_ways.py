@@ -7,17 +7,17 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import capabilities
 import pytest
 import sqlalchemy as sa
-import suite
-from suite import Subject
 from test_mutants import check
 from test_sql_mutants import drop_all
 
 import servers
 from idempotent_bus import schema
 from idempotent_bus.stores import sql, sql_flavours
+from idempotent_bus.testing import store_capabilities as capabilities
+from idempotent_bus.testing import store_contract as suite
+from idempotent_bus.testing.store_contract import Subject
 
 # All of the contract in the long form; else what a wrong transaction or a wrong type would break.
 MAIN = (

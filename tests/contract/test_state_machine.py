@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from suite import LONG, Subject, new_key
 from test_mutants import MEMORY, mutated_memory
 
 from idempotent_bus.model import Busy, Claimed, ClaimRequest, Completed, Conflict, Hold, Quarantined, State
+from idempotent_bus.testing.store_contract import LONG, Subject, new_key
 
 TINY = 0.001
 HELD = (State.RESERVED, State.IN_PROGRESS)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import capabilities
 import pytest
-import suite
 from stores import STORES, WITHOUT
+
+from idempotent_bus.testing import store_capabilities as capabilities
+from idempotent_bus.testing import store_contract as suite
 
 
 def over(capability: str = "") -> pytest.MarkDecorator:

@@ -14,7 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from suite import (
+
+from ..errors import StoreUnavailable
+from ..model import (
+    Busy,
+    Claimed,
+    ClaimOutcome,
+    ClaimRequest,
+    Completed,
+    Completion,
+    Conflict,
+    Hold,
+    Quarantined,
+    Record,
+    State,
+)
+from ..store import (
+    BatchCompletionStore,
+    BatchStore,
+    ForgetStore,
+    LookupStore,
+    PurgeStore,
+    QuarantineStore,
+    StreamStore,
+)
+from .store_contract import (
     LONG,
     ROUNDING,
     SHORT,
@@ -31,29 +55,15 @@ from suite import (
     won,
 )
 
-from idempotent_bus.errors import StoreUnavailable
-from idempotent_bus.model import (
-    Busy,
-    Claimed,
-    ClaimOutcome,
-    ClaimRequest,
-    Completed,
-    Completion,
-    Conflict,
-    Hold,
-    Quarantined,
-    Record,
-    State,
-)
-from idempotent_bus.store import (
-    BatchCompletionStore,
-    BatchStore,
-    ForgetStore,
-    LookupStore,
-    PurgeStore,
-    QuarantineStore,
-    StreamStore,
-)
+__all__ = [
+    "BatchContract",
+    "CompletionsContract",
+    "ForgetContract",
+    "LookupContract",
+    "PurgeContract",
+    "QuarantineContract",
+    "SharedContract",
+]
 
 A, B = b"\0finger\0", b"\0fingeR\0"
 
@@ -870,7 +880,7 @@ class SharedContract:
 def _racers(subject: Subject, works: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """Run one process per piece of work, all let go at once; their answers are in the list at the end of the block."""
     assert subject.url is not None
-    script = Path(__file__).with_name("racer.py")
+    script = Path(__file__).with_name("store_racer.py")
     processes = []
     for work in works:
         task = json.dumps({"url": subject.url, "options": dict(subject.options), **work})

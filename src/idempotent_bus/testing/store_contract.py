@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-from idempotent_bus.model import Busy, Claimed, ClaimOutcome, ClaimRequest, Completed, Conflict, Hold, State
-from idempotent_bus.store import Store
+from ..model import Busy, Claimed, ClaimOutcome, ClaimRequest, Completed, Conflict, Hold, State
+from ..store import Store
+
+__all__ = ["StoreContract", "Subject"]
 
 T = TypeVar("T")
 
@@ -52,10 +54,12 @@ class Subject:
 
     @cached_property
     def store(self) -> Any:
+        """The store that most checks use."""
         # Any: the capabilities beyond `Store` are reached through it too.
         return self.open()
 
     def close(self) -> None:
+        """Close it, if it was opened."""
         if "store" in self.__dict__:
             self.store.close()
 
