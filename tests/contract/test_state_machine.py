@@ -265,16 +265,16 @@ EXAMPLES = {"memory": 200, "sqlite": 30, "redis": 30}
 LONGER = 20 if os.environ.get("IDEMPOTENT_BUS_LONG") else 1
 
 
-def agree(subject: Subject, examples: int, phases: tuple[Phase, ...] = tuple(Phase)) -> None:
+def agree(subject: Subject, examples: int, phases: tuple[Phase, ...] = tuple(Phase), steps: int = 40) -> None:
     machine = type("Machine", (Agreement,), {"subject": subject})
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         machine,
         settings=settings(
             max_examples=examples * LONGER,
-            stateful_step_count=40,
+            stateful_step_count=steps,
             deadline=None,
             database=None,
-            derandomize=LONGER == 1,
+            derandomize=not os.environ.get("IDEMPOTENT_BUS_LONG"),
             report_multiple_bugs=False,
             phases=phases,
             suppress_health_check=list(HealthCheck),
