@@ -1,7 +1,7 @@
 """Explore the real code: every fault at every named step, every pair of them, workers in turns, and random ones beyond.
 
     python tests/explorer/run.py                       # everything, with progress; writes reports/explorer.md
-    python tests/explorer/run.py --places memory,sqlite --random 200
+    python tests/explorer/run.py --places memory,sqlite --worlds stores --random 200
     python tests/explorer/run.py --replay 'memory|two copies|3:crash-before,7:error'
 
 After each schedule the faults stop, workers are started again, all is drained, and the history is checked. A schedule
@@ -19,7 +19,6 @@ import platform
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,7 +202,7 @@ def write(path: Path, rows: list[Row], controls: list[str], void: list[str], sec
         "# The explorer, long form",
         "",
         f"{time.strftime('%Y-%m-%d')}, {platform.system()}, Python {platform.python_version()}. Made by "
-        "`python tests/explorer/run.py`.",
+        f"`{' '.join(['python tests/explorer/run.py', *sys.argv[1:]])}`.",
         "",
         f"{total:,} schedules in {seconds:.0f} s; {met} of {pairs} pairs of a named step and a fault; violations: "
         f"{sum(len(row.failures) for row in rows)}.",
@@ -240,6 +239,7 @@ def write(path: Path, rows: list[Row], controls: list[str], void: list[str], sec
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--places", default=",".join(PLACES), help="of memory, sqlite, redis, postgresql")
+    parser.add_argument("--worlds", default="stores,inbox,bus", help="of stores, inbox, bus")
     parser.add_argument("--random", type=int, help="random schedules beyond, for each scenario")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=Path, default=REPORT)
@@ -252,15 +252,18 @@ def main() -> int:
     rows: list[Row] = []
     controls: list[str] = []
     void: list[str] = []
-    kinds = Counter(given.places.split(","))
-    for name in (*kinds, *(f"{kind} inbox" for kind in kinds if kind in ("sqlite", "postgresql"))):
+    kinds, worlds = given.places.split(","), given.worlds.split(",")
+    names = list(kinds) if "stores" in worlds else []
+    if "inbox" in worlds:
+        names += [f"{kind} inbox" for kind in kinds if kind in ("sqlite", "postgresql")]
+    for name in names:
         print(name, flush=True)
         row, lines, problems = explore_place(name, given.random, given.seed)
         rows.append(row)
         controls += lines
         void += problems
         write(given.report, rows, controls, void, time.monotonic() - began)
-    for kind in kinds:
+    for kind in kinds if "bus" in worlds else ():
         rows.append(explore_bus(kind, given.random, given.seed))
         write(given.report, rows, controls, void, time.monotonic() - began)
     for problem in void:

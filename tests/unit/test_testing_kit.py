@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from idempotent_bus import ConfigurationError, StoreUnavailable, idempotent_consumer
+from idempotent_bus import ConfigurationError, StoreUnavailable, current_execution, idempotent_consumer
 from idempotent_bus.hooks import ACK, CLAIM, COMPLETE, HANDLER
 from idempotent_bus.model import Claimed, ClaimRequest, Landing, Reason
 from idempotent_bus.store import BatchStore, QuarantineStore
@@ -330,6 +330,53 @@ def test_a_row_number_is_no_flaw_and_a_restart_is_a_restart() -> None:
 
     assert judged() == set()
     assert judged(restart=seen.clear) == {Flaw.REPEATED}
+
+
+def test_an_observation_that_shows_nothing_is_refused() -> None:
+    """A judge that cannot find anything is none."""
+    with pytest.raises(ConfigurationError, match="no effect"):
+        assert_idempotent(lambda body: None, {"id": "a"}, observe=lambda: [1, 2])
+
+
+def test_what_goes_down_twice_is_not_lost_but_repeated() -> None:
+    """A balance from which is taken shrinks."""
+    balance = {"a": 100}
+
+    def take(body: Any) -> None:
+        balance["a"] -= 10
+
+    found = find_flaws(take, {"id": "a"}, observe=lambda: balance)
+    assert {finding.reason for finding in found} == {Flaw.REPEATED}
+
+
+def test_methods_manual_completion_quarantine_and_probes_are_judged_as_they_run() -> None:
+    """With its own policy: what goes to a person, or is found by a probe, is not run again."""
+    cards: list[str] = []
+    outside: list[Any] = []
+
+    class Service:
+        @idempotent_consumer("memory://", scope="s", biz_id="id", manual=True)
+        def naive(self, body: Any, message: Any) -> None:
+            cards.append(body["id"])
+            current_execution().complete("done")
+
+        @idempotent_consumer("memory://", scope="s", biz_id="id", on_abandoned="quarantine", max_attempts=1)
+        def looked_at(self, body: Any, message: Any) -> None:
+            cards.append(body["id"])
+
+        @idempotent_consumer("memory://", scope="s", biz_id="id", on_abandoned=lambda record: record.biz_id in cards)
+        def probed(self, body: Any, message: Any) -> None:
+            if body["id"] not in cards:  # for what raises after its effect nobody is asked
+                cards.append(body["id"])
+
+    def judged(handler: Any) -> set[Flaw]:
+        found = find_flaws(handler, {"id": "a"}, observe=lambda: cards, outside=outside, concurrently=False)
+        return {finding.reason for finding in found}
+
+    service = Service()
+    assert judged(service.naive) == {Flaw.REPEATED}
+    assert judged(service.probed) == set()
+    assert judged(service.looked_at) <= {Flaw.FAILED}
 
 
 def test_a_handler_that_cannot_run_in_threads_says_so() -> None:

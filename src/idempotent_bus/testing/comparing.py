@@ -73,7 +73,7 @@ def _size(shown: Any) -> float:
         return sum(map(_size, shown.values()))
     if isinstance(shown, list):
         return len(shown)
-    return shown if isinstance(shown, (int, float)) else (shown is not None)
+    return abs(shown) if isinstance(shown, (int, float)) else (shown is not None)
 
 
 def is_less(shown: Any, expected: Any) -> bool:

@@ -49,7 +49,7 @@ class Ids:
             place = place[name]
         old = place[self._path[-1]]
         if isinstance(old, int):
-            place[self._path[-1]] = int(self._run, 16) * 100_000 + self._number
+            place[self._path[-1]] = int(self._run, 16) % 1_000_000_000 + self._number  # fits a column of 32 bits
         elif isinstance(old, uuid.UUID):
             place[self._path[-1]] = uuid.uuid4()
         else:

@@ -65,7 +65,7 @@ class Case(Watch):
     """One case as it is run, and what came of it.
 
     finished: the biz-ids whose messages were acked. given_up: those in the dead letter, and why. answered: the handler
-    tried to ack by itself.
+    tried to ack by itself. changed: it has left anything.
     """
 
     title: str
@@ -75,6 +75,7 @@ class Case(Watch):
     finished: set[str] = field(default_factory=set)
     given_up: dict[str, str] = field(default_factory=dict)
     answered: bool = False
+    changed: bool = False
     mutated: str = ""
     turns: Turns | None = None
 
@@ -98,11 +99,13 @@ class Subject:
     ) -> None:
         self.plain = handler
         self.policy = Policy()
+        self.manual = False
         self.inbox: Any = None
         self.fingerprint: Any = True
         if isinstance(handler, IdempotentHandler):
-            self.plain = handler.__wrapped__
+            self.plain = handler._handler  # of a method, the bound one
             self.policy = handler.executor.policy
+            self.manual = bool(getattr(handler.executor, "_manual", False))
             self.inbox = getattr(handler.executor, "inbox", None)
             self.fingerprint = handler._admission.fingerprint
             own = handler._admission.biz_id
@@ -170,6 +173,7 @@ class TrialRun:
                 lambda: self.store,
                 subject.policy,
                 keeper=keeper,
+                manual=subject.manual,
                 clock=clock,
                 wall=clock,
                 sleep=clock.sleep,
@@ -255,6 +259,7 @@ def _calls_of(outside: Outside, attempt: Attempt) -> Iterator[None]:
 
 
 def takes_message(handler: Callable[..., Any]) -> bool:
+    """True if it is called with the message too, and not with the body alone."""
     try:
         parameters = inspect.signature(handler).parameters.values()
     except (TypeError, ValueError):
