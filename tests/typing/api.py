@@ -27,8 +27,14 @@ from idempotent_bus import (
     open_store,
     transactional_consumer,
 )
+from idempotent_bus.testing import Delivered, FaultyStore, Finding, Way, assert_idempotent, deliver, find_flaws
 
 Body = dict[str, Any]
+
+
+def plain_handler(body: Body) -> None:
+    """As a user may write it, before it is guarded."""
+
 
 connection = Connection("memory://")
 queue = Queue("cards")
@@ -126,3 +132,12 @@ def paid(payment_id: str, amount: int) -> Body:
 
 assert_type(paid("p-1", amount=990), Receipt)
 paid(1, 2)  # type: ignore[arg-type]  # the function's own parameters stay
+
+# --- the kit for tests ------------------------------------------------------------------------------
+
+bank: list[str] = []
+flaws = find_flaws(plain_handler, {"payment_id": "p-1"}, observe=lambda: bank, outside=[(bank, "append")])
+assert_type(flaws, list[Finding])
+assert_idempotent(plain_handler, [{"payment_id": "p-1"}, {"payment_id": "p-2"}], observe=lambda: bank)
+faulty: Store = FaultyStore(open_store("memory://"))
+assert_type(deliver(plain_handler, {"payment_id": "p-1"}, way=Way.LATE), Delivered)
