@@ -565,7 +565,7 @@ REDIS = [
         ("test_the_redrive_number_only_grows", "test_it_shows_each_state"),
     ),
     Mutant(
-        "tokens end with the record", "claim", "bytes8(next_token(counter))",
+        "tokens end with the record", "claim", "bytes8(next_token(counter, last))",
         "bytes8(record and number8(record, 2) + 1 or 1)",
         (
             "test_a_completed_record_is_forgotten_after_its_retention",
@@ -573,7 +573,8 @@ REDIS = [
         ),
     ),
     Mutant(
-        "tokens stand still", "claim", "math.max(last + 1, math.min(now, 2 ^ 52))", "math.max(last, 1)",
+        "tokens stand still", "claim", "or '0') + 1, math.min(now, 2 ^ 52))",
+        "or '1'), 1)",
         ("test_tokens_only_grow", "test_a_lapsed_lease_is_taken_over"),
     ),
     *(

@@ -382,7 +382,7 @@ def test_a_stream_whose_connection_is_cut_is_in_doubt(server: PrivateRedis) -> N
 
 
 def test_a_stream_without_its_script_or_its_memory(server: PrivateRedis, store: RedisStore) -> None:
-    """A refusal proves that it was not done: after SCRIPT FLUSH, or on a full server, each is completed after all."""
+    """A refusal proves that it was not done: after SCRIPT FLUSH, or on a full server, each is completed anyway."""
     stream = store.stream()
     holds = [take(store, new_key())[0] for _ in range(6)]
     server.client.script_flush()

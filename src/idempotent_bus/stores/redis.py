@@ -233,8 +233,8 @@ class RedisStore:
                     buckets,
                 )
             )
-        replies: list[bytes] = self._run("claim", keys, values)
-        return replies
+        replies: Any = self._run("claim", keys, values)
+        return [replies] if len(requests) == 1 else replies
 
     def renew(self, hold: Hold, /, *, lease: float, retention: float) -> bool:
         return self._renew([hold], lease, retention)[0]

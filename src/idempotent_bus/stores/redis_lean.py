@@ -11,7 +11,7 @@ and reads the bytes itself, since it must never send anything twice.)
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from redis.connection import ConnectionPool
@@ -24,14 +24,20 @@ _SPARE = 8
 _SHARE = 8
 
 
-def pack(script: bytes, keys: list[bytes], values: Iterable[bytes]) -> bytes:
+def pack(script: bytes, keys: Sequence[bytes], values: Sequence[bytes]) -> bytes:
     """An EVALSHA in the form that the server reads. script: its SHA-1 in hex digits."""
-    arguments = [*keys, *values]
-    parts = [b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%b\r\n" % (3 + len(arguments), script)]
     count = b"%d" % len(keys)
-    parts.append(b"$%d\r\n%b\r\n" % (len(count), count))
-    parts += [b"$%d\r\n%b\r\n" % (len(argument), argument) for argument in arguments]
-    return b"".join(parts)
+    parts = [
+        b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%b\r\n$%d\r\n%b" % (3 + len(keys) + len(values), script, len(count), count)
+    ]
+    for argument in keys:
+        parts.append(b"$%d" % len(argument))
+        parts.append(argument)
+    for argument in values:
+        parts.append(b"$%d" % len(argument))
+        parts.append(argument)
+    parts.append(b"")
+    return b"\r\n".join(parts)
 
 
 class Lean:

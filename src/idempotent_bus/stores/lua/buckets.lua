@@ -37,9 +37,9 @@ local function bucket_of(key, buckets)
   return number < buckets and number or number - size / 2
 end
 
--- The number of buckets if the caller's bucket is the wrong one, else nothing.
-local function moved(key, layout, believed)
-  local buckets = tonumber(redis.call('GET', layout) or '1')
+-- The number of buckets if the caller's bucket is the wrong one, else nothing. told: what stands under `buckets`.
+local function moved(key, told, believed)
+  local buckets = tonumber(told or '1')
   if buckets ~= believed and bucket_of(key, buckets) ~= bucket_of(key, believed) then
     return buckets
   end

@@ -4,7 +4,7 @@
 --         1-16 nonce, 17-24 fingerprint, 25-28 redrive, 29-36 lease in us, 37-44 lease + retention in ms,
 --         45 wishes: 1 to reserve + 8 if there is a fingerprint (as in a record's flags),
 --         46-49 the number of buckets that the caller knows
--- returns one string per entry, packed likewise: a letter, then
+-- returns one string per entry, without a list where there is one entry, packed likewise: a letter, then
 --         C claimed, T taken over: token (8 bytes), attempt (4); B busy: us until the lease ends (8);
 --         R completed: the result; N completed without a result; Q quarantined; X conflict: the state (1);
 --         M nothing yet, the bucket is another one: the number of buckets (4)
@@ -13,9 +13,8 @@ local now = server_time()
 
 -- The counter outlives the records. The clock lifts it, so that tokens grow even past a counter that was lost (a
 -- failover, a flush); the counter carries it where the clock stands still or goes back.
-local function next_token(counter)
-  local last = tonumber(redis.call('GET', counter) or '0')
-  local token = math.max(last + 1, math.min(now, 2 ^ 52))
+local function next_token(counter, last)
+  local token = math.max(tonumber(last or redis.call('GET', counter) or '0') + 1, math.min(now, 2 ^ 52))
   redis.call('SET', counter, string.format('%.0f', token))
   return token
 end
@@ -27,7 +26,7 @@ local function claim(key, counter, layout, bucket, request)
   local keep = string.format('%.0f', number8(request, 37))
   local wishes = string.byte(request, 45)
   local reserve, marked = wishes % 2 == 1, wishes >= HAS_FINGERPRINT
-  local attempts, won = 0, 'C'
+  local attempts, won, last = 0, 'C', nil
   if record then
     local state = state_of(record)
     local held = state == RESERVED or state == IN_PROGRESS
@@ -64,7 +63,8 @@ local function claim(key, counter, layout, bucket, request)
       won = 'T'
     end
   else
-    local buckets = moved(key_of(key), layout, number4(request, 46))
+    local told = redis.call('MGET', counter, layout)
+    local buckets = moved(key_of(key), told[2], number4(request, 46))
     if buckets then
       return 'M' .. bytes4(buckets)
     end
@@ -73,8 +73,9 @@ local function claim(key, counter, layout, bucket, request)
       local differs = marked and #short > 10 and string.sub(short, 11) ~= fingerprint
       return differs and 'X' .. string.char(COMPLETED) or 'N'
     end
+    last = told[1]
   end
-  local token = bytes8(next_token(counter))
+  local token = bytes8(next_token(counter, last))
   local attempt = attempts + 1
   if not reserve then
     attempts = attempt
@@ -86,6 +87,9 @@ local function claim(key, counter, layout, bucket, request)
   return won .. token .. bytes4(attempt)
 end
 
+if #ARGV == 1 then
+  return claim(KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1])
+end
 local outcomes = {}
 for entry = 1, #ARGV do
   local at = entry * 4

@@ -8,7 +8,7 @@
 
 local key, believed = key_of(KEYS[1]), number4(ARGV[1], 39)
 local record = redis.call('GET', KEYS[1])
-local buckets = moved(key, KEYS[2], believed)
+local buckets = moved(key, redis.call('GET', KEYS[2]), believed)
 if buckets then
   return -buckets
 end

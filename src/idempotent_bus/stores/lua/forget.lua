@@ -5,7 +5,7 @@
 --         negative
 
 local key = key_of(KEYS[1])
-local buckets = moved(key, KEYS[2], tonumber(ARGV[1]))
+local buckets = moved(key, redis.call('GET', KEYS[2]), tonumber(ARGV[1]))
 if buckets then
   return -buckets
 end

@@ -10,7 +10,7 @@ if record then
   return {record, redis.call('PTTL', KEYS[1]), now}
 end
 local key = key_of(KEYS[1])
-local buckets = moved(key, KEYS[2], tonumber(ARGV[1]))
+local buckets = moved(key, redis.call('GET', KEYS[2]), tonumber(ARGV[1]))
 if buckets then
   return buckets
 end

@@ -21,23 +21,39 @@ local function server_time()
   return tonumber(time[1]) * 1000000 + tonumber(time[2])
 end
 
-local function number4(text, at)
-  local a, b, c, d = string.byte(text, at, at + 3)
-  return ((a * 256 + b) * 256 + c) * 256 + d
-end
-
-local function number8(text, at)
-  return number4(text, at) * 4294967296 + number4(text, at + 4)
-end
-
-local function bytes4(value)
-  return string.char(
-    math.floor(value / 16777216), math.floor(value / 65536) % 256, math.floor(value / 256) % 256, value % 256
-  )
-end
-
-local function bytes8(value)
-  return bytes4(math.floor(value / 4294967296)) .. bytes4(value % 4294967296)
+-- Redis has a library for numbers in bytes; a stand-in for tests may not have it.
+local number4, number8, bytes4, bytes8
+local library = rawget(_G, 'struct')
+if library then
+  local pack, unpack = library.pack, library.unpack
+  function number4(text, at)
+    return (unpack('>I4', text, at))
+  end
+  function number8(text, at)
+    return (unpack('>I8', text, at))
+  end
+  function bytes4(value)
+    return pack('>I4', value)
+  end
+  function bytes8(value)
+    return pack('>I8', value)
+  end
+else
+  function number4(text, at)
+    local a, b, c, d = string.byte(text, at, at + 3)
+    return ((a * 256 + b) * 256 + c) * 256 + d
+  end
+  function number8(text, at)
+    return number4(text, at) * 4294967296 + number4(text, at + 4)
+  end
+  function bytes4(value)
+    return string.char(
+      math.floor(value / 16777216), math.floor(value / 65536) % 256, math.floor(value / 256) % 256, value % 256
+    )
+  end
+  function bytes8(value)
+    return bytes4(math.floor(value / 4294967296)) .. bytes4(value % 4294967296)
+  end
 end
 
 local function state_of(record)
