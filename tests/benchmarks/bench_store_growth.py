@@ -190,16 +190,30 @@ def redis(count: int) -> Iterator[Filled]:
             assert time.monotonic() < deadline, "redis-server did not start"
             time.sleep(0.05)
         store: Any = open_store(f"redis://127.0.0.1:{port}/0")
+        empty = int(client.info("memory")["used_memory"])
         request = ask()
         claimed = store.claim(request)
         assert store.complete(Hold(request.key, claimed.token, request.nonce), result=None, retention=DAY)
-        # A completed record as the store itself writes it; the key is not part of it.
-        record = client.get(store._key(request.key))
-        empty = int(client.info("memory")["used_memory"])
-        for size in blocks(count - 1, "filling Redis"):
+        # A completed record in the short form as the store itself writes it; the key is not part of it. As many buckets
+        # as the store would have come to by itself.
+        record = client.hget(store._places(request.key)[2], request.key[1:])
+        assert record is not None
+        number = max(1, count // 256 // 64)
+        client.flushdb()
+        for slot in range(256):
+            client.set(store._slots[slot] + b"buckets", number)
+            store._learn(slot, number)
+        for size in blocks(count, "filling Redis"):
             with client.pipeline(transaction=False) as pipeline:
-                for number in range(size):
-                    pipeline.set(store._key(os.urandom(16)), record, px=int(DAY * 1000) + number)
+                for _ in range(size):
+                    key = os.urandom(16)
+                    pipeline.hset(store._places(key)[2], key[1:], record)
+                pipeline.execute()
+        expiry = int(DAY * 1000 * 1.125)
+        for slot in range(256):
+            with client.pipeline(transaction=False) as pipeline:
+                for bucket in range(number):
+                    pipeline.pexpire(store._bucket(slot, bucket), expiry)
                 pipeline.execute()
         version = f"Redis {client.info('server')['redis_version']}"
         yield Filled(store, lambda: int(client.info("memory")["used_memory"]) - empty, version)

@@ -76,10 +76,11 @@ class Lean:
 
     def _give_back(self, connection: Any) -> None:
         """To hand, or to the pool: there redis-py renews a password that has run out, or a server that moves away."""
+        leaves = getattr(connection, "should_reconnect", None)  # unknown to older releases
         if (
             len(self._spare) < self._most
             and getattr(connection, "_re_auth_token", None) is None
-            and not connection.should_reconnect()
+            and not (leaves is not None and leaves())
         ):
             self._spare.append(connection)
         else:

@@ -1,0 +1,130 @@
+"""The Redis store over every kind of connection that redis-py makes: TLS, passwords, Sentinel, bounded, odd ones."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakeredis import FakeRedis
+from redis import BlockingConnectionPool, Redis
+from redis.sentinel import Sentinel
+from redis_transport_rig import PrivateServer, one_server, server, until
+from test_redis_transport_schemes import Sentinels, secure, sentinels
+
+from idempotent_bus.errors import StoreUnavailable
+from idempotent_bus.model import Claimed, ClaimRequest, Completed, Completion, Hold, Settled
+from idempotent_bus.stores.redis import RedisStore, open_redis
+
+__all__ = ["one_server", "secure", "sentinels", "server"]
+
+
+def ask(number: int, place: int = 0) -> ClaimRequest:
+    key = bytes([place]) + number.to_bytes(15, "big")
+    return ClaimRequest(key, number.to_bytes(16, "big"), 60.0, 600.0, b"finger A")
+
+
+def work(store: Any, numbers: range) -> None:
+    """Claim, complete and see a few, singly and by stream."""
+    stream = store.stream()
+    for number in numbers:
+        request = ask(number)
+        claimed = store.claim(request)
+        assert isinstance(claimed, Claimed)
+        hold = Hold(request.key, claimed.token, request.nonce)
+        if number % 2:
+            assert store.complete(hold, result=None, retention=600.0)
+        else:
+            assert stream.begin(Completion(hold, None, 600.0))
+    assert all(settled.durable for settled in stream.settle())
+    stream.close()
+    assert seen(store, numbers)
+
+
+def seen(store: Any, numbers: range) -> bool:
+    return all(store.claim(ask(number)) == Completed(None) for number in numbers)
+
+
+def test_over_tls(secure: tuple[int, Path]) -> None:
+    """A certificate that cannot be verified is refused; with one that can, the store and its stream work."""
+    port, certificate = secure
+    with pytest.raises(StoreUnavailable):
+        open_redis(f"rediss://127.0.0.1:{port}/0").claim(ask(1))
+    work(open_redis(f"rediss://127.0.0.1:{port}/0", ssl_ca_certs=str(certificate)), range(40))
+
+
+def test_with_a_password(server: PrivateServer) -> None:
+    """A password in the URL reaches every connection, also one that is opened after a cut; a wrong one is refused."""
+    server.client.acl_setuser("worker", enabled=True, passwords=["+geheim"], keys=["*"], commands=["+@all"])
+    port = server.client.connection_pool.connection_kwargs["port"]
+    store = open_redis(f"redis://worker:geheim@127.0.0.1:{port}/0")
+    work(store, range(20))
+    server.client.client_kill_filter(_type="normal", skipme=True)
+    work(store, range(20, 40))
+    with pytest.raises(StoreUnavailable):
+        open_redis(f"redis://worker:falsch@127.0.0.1:{port}/0").claim(ask(1))
+
+
+def test_through_sentinel_it_goes_on_after_a_failover(sentinels: Sentinels) -> None:
+    """The master is killed: in doubt until the failover, then the store goes on with the new one, by itself."""
+    client = Sentinel([("127.0.0.1", sentinels.sentinel)], socket_timeout=1).master_for("mymaster", socket_timeout=1)
+    store = RedisStore(client)
+    work(store, range(20))
+    stream = store.stream()
+    with Redis(port=sentinels.replica) as replica:
+        until(lambda: replica.dbsize() == Redis(port=sentinels.master).dbsize(), 30, "the replication")
+        sentinels.processes["master"].kill()
+        with pytest.raises(StoreUnavailable):
+            store.claim(ask(20))
+        until(lambda: replica.info("replication")["role"] == "master", 60, "the failover")
+    until(lambda: _answers(lambda: store.lookup(ask(1).key)), 30, "the store's way to the new master")
+    assert seen(store, range(20))
+    work(store, range(21, 40))
+    claimed: Any = store.claim(ask(20))
+    assert stream.begin(Completion(Hold(ask(20).key, claimed.token, ask(20).nonce), None, 600.0)) == 1
+    assert stream.settle() == [Settled(1, True)]
+
+
+def _answers(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except StoreUnavailable:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("most", [1, 2, 50])
+def test_a_bounded_pool_is_shared(server: PrivateServer, most: int) -> None:
+    """The user's own calls over the same bounded pool never wait for what the store keeps at hand."""
+    port = server.client.connection_pool.connection_kwargs["port"]
+    client = Redis(connection_pool=BlockingConnectionPool(max_connections=most, timeout=5, port=port))
+    store = RedisStore(client)
+    errors: list[BaseException] = []
+
+    def both(number: int) -> None:
+        try:
+            for at in range(10):
+                request = ask(at, number)
+                claimed = store.claim(request)
+                assert isinstance(claimed, Claimed)
+                assert client.ping()
+                assert store.complete(Hold(request.key, claimed.token, request.nonce), result=None, retention=600.0)
+        except BaseException as error:  # noqa: BLE001 - carried into the test's own thread below
+            errors.append(error)
+
+    threads = [threading.Thread(target=both, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+
+
+def test_odd_clients(server: PrivateServer) -> None:
+    """A client of one connection, one that speaks RESP2, and fakeredis' own client."""
+    port = server.client.connection_pool.connection_kwargs["port"]
+    for number, client in enumerate((Redis(port=port, single_connection_client=True), Redis(port=port, protocol=2))):
+        work(RedisStore(client, prefix=f"odd{number}:"), range(20))
+    work(RedisStore(FakeRedis()), range(20))
