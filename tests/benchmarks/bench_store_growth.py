@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import platform
 import secrets
@@ -195,26 +196,31 @@ def redis(count: int) -> Iterator[Filled]:
         claimed = store.claim(request)
         assert store.complete(Hold(request.key, claimed.token, request.nonce), result=None, retention=DAY)
         # A completed record in the short form as the store itself writes it; the key is not part of it. As many buckets
-        # as the store would have come to by itself.
+        # as the store would have come to by itself, and each filled at once, with keys that belong there.
         record = client.hget(store._places(request.key)[2], request.key[1:])
         assert record is not None
-        number = max(1, count // 256 // 64)
+        number = 1 << max(0, round(math.log2(count / 256 / 64)))
         client.flushdb()
         for slot in range(256):
             client.set(store._slots[slot] + b"buckets", number)
             store._learn(slot, number)
-        for size in blocks(count, "filling Redis"):
-            with client.pipeline(transaction=False) as pipeline:
-                for _ in range(size):
-                    key = os.urandom(16)
-                    pipeline.hset(store._places(key)[2], key[1:], record)
-                pipeline.execute()
-        expiry = int(DAY * 1000 * 1.125)
-        for slot in range(256):
-            with client.pipeline(transaction=False) as pipeline:
-                for bucket in range(number):
-                    pipeline.pexpire(store._bucket(slot, bucket), expiry)
-                pipeline.execute()
+        bits, left = number.bit_length() - 1, count
+        for done in range(256 * number):
+            if done % 1000 == 0:
+                progress(
+                    f"filling Redis: {count - left:,} of {count:,}" if done else f"filling Redis: {count:,} records"
+                )
+            slot, bucket = done % 256, done // 256
+            size = left // (256 * number - done)
+            left -= size
+            name, heads = (
+                store._bucket(slot, bucket),
+                [secrets.randbits(32 - bits) << bits | bucket for _ in range(size)],
+            )
+            if size:
+                fields = {head.to_bytes(4, "big") + os.urandom(11): record for head in heads}
+                client.hset(name, mapping=fields)
+                client.pexpire(name, int(DAY * 1000 * 1.125))
         version = f"Redis {client.info('server')['redis_version']}"
         yield Filled(store, lambda: int(client.info("memory")["used_memory"]) - empty, version)
         store.close()

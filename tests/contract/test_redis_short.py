@@ -161,3 +161,29 @@ def test_a_window_is_one_script(server: PrivateRedis, contract_store: Subject) -
     assert remembered(store, holds)
     assert server.client.info("commandstats")["cmdstat_evalsha"]["calls"] == before + 1
     assert take(store, new_key())[1].attempt == 1
+
+
+def test_a_clock_that_went_back_forgets_nothing(server: PrivateRedis, contract_store: Subject) -> None:
+    """I7: where the server's clock goes back by an hour a record is remembered for longer, and tokens still grow."""
+    store = contract_store.store
+    holds = completed(store, 50, 16, retention=120.0)
+    plain = store._scripts
+    # Seen from an hour ago: every end of a retention is an hour further away.
+    store._scripts = lambda verb: type(plain(verb))(plain(verb).text.replace("1700000000", "1700003600"))
+    assert remembered(store, holds)
+    assert all(complete(store, hold, None) for hold in holds)
+    assert store.lookup(holds[0].key).retention_left > 3600
+    assert store.forget(holds[0].key)
+    new, _ = take(store, holds[0].key)
+    assert new.token > holds[0].token
+    assert complete(store, new, None)
+
+
+def test_a_clock_from_before_the_format_keeps_the_long_form(server: PrivateRedis, contract_store: Subject) -> None:
+    """A server whose clock is years behind cannot write the short form's time, and writes none."""
+    store = contract_store.store
+    plain = store._scripts
+    store._scripts = lambda verb: type(plain(verb))(plain(verb).text.replace("1700000000", "7700000000"))
+    holds = completed(store, 20, 17)
+    assert list(server.client.scan_iter(match="*{11}:#*")) == []
+    assert remembered(store, holds)

@@ -27,7 +27,7 @@ end
 local retention, attempts = number8(ARGV[1], 31), number4(record, 34)
 local units = math.ceil((now / 1000000 + retention / 1000 - SINCE) / UNIT)
 local fits = string.byte(ARGV[1], 43) == 1 and not ARGV[2]
-  and attempts <= MOST_ATTEMPTS and number4(record, 38) == 0 and units < MOST_UNITS
+  and attempts <= MOST_ATTEMPTS and number4(record, 38) == 0 and units >= 0 and units < MOST_UNITS
 local many = 0
 if fits then
   many = redis.call('HLEN', KEYS[3])
