@@ -55,7 +55,7 @@ def fast(store: Any) -> Any:
 
 
 def _with_units(script: Any, since: int) -> Any:
-    return type(script)(script.text.replace("= 16, 1700000000,", f"= 0.25, {since},"))
+    return type(script)(script.text.replace("= 4, 1750000000,", f"= 0.25, {since},"))
 
 
 class ShortFormContract:
@@ -72,7 +72,7 @@ class ShortFormContract:
             record = store.lookup(hold.key)
             assert record is not None
             assert (record.state, record.attempts, record.fingerprint) == (State.COMPLETED, 1, b"finger A")
-            assert LONG - 60 < record.retention_left <= LONG + 16
+            assert LONG - 60 < record.retention_left <= LONG + 4
 
     def test_another_process_is_told_where_a_record_went(self, contract_store: Subject) -> None:
         """A store that knows one bucket, or far too many, finds, completes, shows and forgets what others moved."""

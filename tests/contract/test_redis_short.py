@@ -169,7 +169,7 @@ def test_a_clock_that_went_back_forgets_nothing(server: PrivateRedis, contract_s
     holds = completed(store, 50, 16, retention=120.0)
     plain = store._scripts
     # Seen from an hour ago: every end of a retention is an hour further away.
-    store._scripts = lambda verb: type(plain(verb))(plain(verb).text.replace("1700000000", "1700003600"))
+    store._scripts = lambda verb: type(plain(verb))(plain(verb).text.replace("1750000000", "1750003600"))
     assert remembered(store, holds)
     assert all(complete(store, hold, None) for hold in holds)
     assert store.lookup(holds[0].key).retention_left > 3600
@@ -183,7 +183,7 @@ def test_a_clock_from_before_the_format_keeps_the_long_form(server: PrivateRedis
     """A server whose clock is years behind cannot write the short form's time, and writes none."""
     store = contract_store.store
     plain = store._scripts
-    store._scripts = lambda verb: type(plain(verb))(plain(verb).text.replace("1700000000", "7700000000"))
+    store._scripts = lambda verb: type(plain(verb))(plain(verb).text.replace("1750000000", "7750000000"))
     holds = completed(store, 20, 17)
     assert list(server.client.scan_iter(match="*{11}:#*")) == []
     assert remembered(store, holds)

@@ -109,7 +109,7 @@ _MAX_COUNT = 2**32 - 1
 _MAX_SECONDS = 30 * 365 * 86400.0
 # Quarantined records that one script looks at.
 _PAGE = 1000
-# Seconds of retention from which a completed record is worth the short form, which rounds up to 16 seconds.
+# Seconds of retention from which a completed record is worth the short form, which rounds up to 4 seconds.
 _SHORT_FROM = 60.0
 # How often a bucket may turn out to have moved before nobody knows where anything is.
 _MOVES = 100

@@ -4,10 +4,11 @@
 -- A bucket has at most 126 fields, so that Redis keeps it as one packed list (the default limits of every version: 128
 -- entries or more, 64 bytes). One field per record: the last 15 bytes of the key, all that the slot does not say. Its
 -- value:
---   1-4    when the record's retention is over, in units of 16 seconds since 1,700,000,000, times 32, + its attempts
+--   1-4    when the record's retention is over, in units of 4 seconds since 1,750,000,000, times 32, + its attempts (room until 2042:
+--          after that, as before that second, a record keeps its long form)
 --   5-10   a digest of the hold that completed it: enough to tell a repeat of that completion from anybody else's
 --   11-18  fingerprint, left out if there is none
--- A retention is rounded up to the next unit: never forgotten early, remembered 16 seconds longer at most. The bucket's
+-- A retention is rounded up to the next unit: never forgotten early, remembered 4 seconds longer at most. The bucket's
 -- own expiry is later than that of every field. Fields that are over are dropped when every eighth record comes in.
 --
 -- How many buckets a slot has is written under its key `buckets` (nothing: 1). They grow one by one (linear hashing):
@@ -16,7 +17,7 @@
 -- declared; the script checks that it is still the right one, and else tells the number of buckets, as Cluster tells
 -- where a slot has moved.
 
-local UNIT, SINCE, MOST_UNITS, MOST_ATTEMPTS = 16, 1700000000, 2 ^ 27, 31
+local UNIT, SINCE, MOST_UNITS, MOST_ATTEMPTS = 4, 1750000000, 2 ^ 27, 31
 local MOST, CROWDED, SPARSE, LOOK_THROUGH = 126, 96, 8, 8
 
 local function key_of(name)
