@@ -261,7 +261,7 @@ class Agreement(RuleBasedStateMachine):
                 assert (record.lease_left > 0) is (entry.state in HELD and not entry.lapsed)
 
 
-EXAMPLES = {"memory": 200, "sqlite": 30, "redis": 30}
+EXAMPLES = {"memory": 200, "sqlite": 30, "redis": 30, "postgresql": 5, "mariadb": 5}
 LONGER = 20 if os.environ.get("IDEMPOTENT_BUS_LONG") else 1
 
 
