@@ -88,6 +88,22 @@ class Bus:
             for table in ("outbox", "charges"):
                 connection.exec_driver_sql(f"DROP TABLE IF EXISTS {self.prefix}{table}")
         self.engine.dispose()
+        self._forget_broker()
+
+    def _forget_broker(self) -> None:
+        """Remove what the broker keeps on a server that is shared."""
+        if prefix := self.options.get("global_keyprefix"):
+            import redis
+
+            with redis.Redis.from_url(self.url.removeprefix("idempotent-")) as client:
+                for name in client.scan_iter(match=f"{prefix}*", count=1000):
+                    client.delete(name)
+        elif mark := self.options.get("message_tablename"):
+            engine = sa.create_engine(self.url.removeprefix("idempotent-sqla+"))
+            tables = sa.MetaData()
+            tables.reflect(engine, only=lambda name, _: mark.removesuffix("_message") in name)
+            tables.drop_all(engine)
+            engine.dispose()
 
 
 class _Shortened:
