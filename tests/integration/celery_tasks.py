@@ -1,0 +1,260 @@
+"""The Celery application of the tests: guarded tasks that note each run in a file, and the same tasks as plain ones.
+
+Made from settings (`celery_rig.py`), in the test's own process to send, and by `celery -A celery_tasks worker`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from celery import Celery, Task, chain, chord, group
+from celery._state import get_current_worker_task
+from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
+from kombu import Exchange, Queue
+
+from idempotent_bus import InDoubt, Transient, open_store
+from idempotent_bus.celery import setup
+
+VARIABLE = "CELERY_TASKS"
+
+
+def make(settings: dict[str, Any]) -> Celery:
+    """An application with tasks as `settings` say; its tasks are also `app.t`."""
+    name, guarded = settings["name"], settings["guarded"]
+    app = Celery(name, broker=settings["broker"], backend=settings["backend"], set_as_current=False)
+    app.conf.update(
+        task_default_queue=name,
+        task_queues=[Queue(name, Exchange(name), name, queue_arguments=settings["arguments"])],
+        task_default_exchange=name,
+        task_default_routing_key=name,
+        broker_transport_options=settings["options"],
+        broker_connection_retry_on_startup=True,
+        result_backend_transport_options={"global_keyprefix": f"{name}:"},
+        result_expires=600,
+        worker_prefetch_multiplier=settings.get("prefetch", 4),
+        task_acks_late=not guarded,
+        task_reject_on_worker_lost=not guarded,
+        task_track_started=True,
+        **settings.get("conf", {}),
+    )
+    if guarded:
+        store = functools.partial(open_store, settings["store"], **settings["store_options"])
+        app.said = setup(app, store=store, lease=settings["lease"], **settings.get("setup", {}))
+    app.t = _tasks(app, settings)
+    return app
+
+
+def _tasks(app: Celery, settings: dict[str, Any]) -> Any:
+    log = os.open(settings["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def note(*words: object) -> None:
+        os.write(log, (" ".join(str(word) for word in words) + "\n").encode())
+
+    def runs(word: str, pid: str) -> int:
+        return Path(settings["log"]).read_text().count(f"{word} {pid}\n")
+
+    def task(**options: Any) -> Any:
+        """Declare a task; with a scope if the application is guarded, of Celery's own class if not."""
+
+        def declare(function: Any) -> Any:
+            word = function.__name__
+            if settings["guarded"]:
+                guard = {"scope": f"{settings['name']}.{word}", "biz_id": "pid", **options}
+            else:
+                guard = {k: v for k, v in options.items() if k not in ("on_abandoned", "max_attempts", "max_result")}
+                guard["base"] = Task
+            made = app.task(name=f"{settings['name']}.{word}", **guard)(function)
+            setattr(tasks, word, made)
+            return made
+
+        return declare
+
+    class Tasks:
+        """The tasks, by their names."""
+
+    tasks: Any = Tasks()
+
+    @task()
+    def add(pid: str, x: int = 0, y: int = 0) -> int:
+        note("add", pid)
+        return x + y
+
+    @task()
+    def slow(pid: str, seconds: float) -> str:
+        note("slow", pid)
+        time.sleep(seconds)
+        note("slept", pid)
+        return pid
+
+    @task()
+    def total(numbers: list[int], pid: str) -> int:
+        note("total", pid)
+        return sum(numbers)
+
+    @task(bind=True, max_retries=9)
+    def again(self: Any, pid: str, times: int) -> int:
+        note("again", pid)
+        if self.request.retries < times:
+            raise self.retry(countdown=0.05)
+        note("at-last", pid)
+        return int(self.request.retries)
+
+    @task(bind=True)
+    def quietly(self: Any, pid: str) -> str:
+        note("quietly", pid)
+        if not self.request.retries:
+            self.retry(countdown=0.05, throw=False)
+            return "not yet"
+        note("quiet-last", pid)
+        return "done"
+
+    @task(autoretry_for=(KeyError,), default_retry_delay=0, retry_backoff=False, max_retries=5)
+    def auto(pid: str, times: int) -> str:
+        note("auto", pid)
+        if runs("auto", pid) <= times:
+            raise KeyError(pid)
+        return "ok"
+
+    @task(bind=True, max_retries=1)
+    def gives_up(self: Any, pid: str) -> None:
+        note("gives_up", pid)
+        try:
+            raise ValueError(pid)
+        except ValueError as error:
+            raise self.retry(exc=error, countdown=0) from error
+
+    @task()
+    def fails(pid: str) -> None:
+        note("fails", pid)
+        raise ValueError("no")
+
+    @task(bind=True)
+    def replaced(self: Any, pid: str, kind: str) -> None:
+        note("replaced", pid)
+        one, two = tasks.add.si(f"{pid}-1", 1, 2), tasks.add.si(f"{pid}-2", 3, 4)
+        parts = {
+            "task": one,
+            "chain": chain(one, two),
+            "group": group([one, two], app=app),
+            "chord": chord([one, two], tasks.total.s(pid=f"{pid}-sum"), app=app),
+        }
+        raise self.replace(parts[kind])
+
+    @task(soft_time_limit=1)
+    def soft(pid: str, catch: bool) -> str:
+        note("soft", pid)
+        try:
+            time.sleep(20)
+        except SoftTimeLimitExceeded:
+            if not catch:
+                raise
+        return "caught"
+
+    @task(time_limit=1)
+    def hard(pid: str) -> str:
+        note("hard", pid)
+        if runs("hard", pid) == 1:
+            time.sleep(20)
+        return "ended"
+
+    @task(time_limit=1, acks_on_timeout=False)
+    def hard_again(pid: str) -> str:
+        note("hard_again", pid)
+        if runs("hard_again", pid) == 1:
+            time.sleep(20)
+        return "ended"
+
+    @task()
+    def ignored(pid: str) -> None:
+        note("ignored", pid)
+        raise Ignore
+
+    @task()
+    def rejected(pid: str, requeue: bool) -> str:
+        note("rejected", pid)
+        if runs("rejected", pid) == 1:
+            raise Reject("not here", requeue=requeue)
+        return "taken"
+
+    def died(word: str, pid: str, times: int) -> str:
+        note(word, pid)
+        if runs(word, pid) <= times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "lived"
+
+    @task(max_attempts=3)
+    def dies(pid: str, times: int) -> str:
+        return died("dies", pid, times)
+
+    @task(on_abandoned="quarantine")
+    def dies_quarantined(pid: str) -> str:
+        return died("dies_quarantined", pid, 1)
+
+    def was_done(record: Any) -> bool:
+        note("asked", record.biz_id)
+        return bool(record.biz_id.endswith("-done"))
+
+    @task(on_abandoned=was_done)
+    def dies_probed(pid: str) -> str:
+        return died("dies_probed", pid, 1)
+
+    @task()
+    def transient(pid: str) -> str:
+        note("transient", pid)
+        if runs("transient", pid) == 1:
+            raise Transient("in a moment", retry_after=0.3)
+        return "ok"
+
+    @task()
+    def doubtful(pid: str) -> str:
+        note("doubtful", pid)
+        if runs("doubtful", pid) == 1:
+            raise InDoubt("no answer")
+        return "ok"
+
+    @task(max_result=1000)
+    def big(pid: str) -> str:
+        note("big", pid)
+        return "x" * 2000
+
+    @task()
+    def mother(pid: str, once: bool) -> str:
+        note("mother", pid)
+        for name in ("one", "two"):
+            tasks.plain_note.apply_async((f"{pid}-{name}",), **({"once": name} if once and settings["guarded"] else {}))
+        if runs("mother", pid) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "sent"
+
+    def plain(word: str, function: Any) -> None:
+        setattr(tasks, word, app.task(name=f"{settings['name']}.{word}")(function))
+
+    def double(x: int) -> int:
+        return x * 2
+
+    def plain_note(pid: str, *_: Any) -> str:
+        note("plain_note", pid)
+        return pid
+
+    def told(*args: Any, pid: str) -> None:
+        note("told", pid)
+
+    def trace_path() -> list[object]:
+        this = get_current_worker_task()
+        return [type(this).__call__ is Task.__call__, this.Request, this.Strategy]
+
+    for word, function in (
+        ("double", double), ("plain_note", plain_note), ("told", told), ("trace_path", trace_path),
+    ):  # fmt: skip
+        plain(word, function)
+    return tasks
+
+
+if VARIABLE in os.environ:
+    app = make(json.loads(os.environ[VARIABLE]))
