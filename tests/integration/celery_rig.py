@@ -1,4 +1,4 @@
-"""Celery's workers in processes of their own, for the tests of the Celery integration: one queue, one log, one store."""
+"""Celery workers in processes of their own, for the tests of the Celery integration: one queue, log and store each."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import celery_tasks
 import pytest
 import redis
 from celery import Celery
 from kombu import Connection
 from kombu.message import Message
 
-import celery_tasks
 import servers
 from idempotent_bus import delays
 from idempotent_bus.headers import INNER_MSG_ID
@@ -227,7 +227,12 @@ def _put(channel: Any, queue: str, body: Any, options: dict[str, Any]) -> None:
     known = ("correlation_id", "reply_to", "timestamp", "priority")
     properties = {name: options[name] for name in known if options.get(name) is not None}
     message = channel.prepare_message(
-        data, properties.pop("priority", 0), content_type, encoding, options["headers"], {**properties, "delivery_mode": 2}
+        data,
+        properties.pop("priority", 0),
+        content_type,
+        encoding,
+        options["headers"],
+        {**properties, "delivery_mode": 2},
     )
     if hasattr(channel, "_put"):
         channel._inplace_augment_message(message, queue, queue)

@@ -8,11 +8,11 @@ import subprocess
 import sys
 import time
 
-import pytest
-from celery.exceptions import Reject, TaskRevokedError, TimeLimitExceeded
-
 import celery_tasks
+import pytest
+from celery.exceptions import Reject, SoftTimeLimitExceeded, TaskRevokedError, TimeLimitExceeded
 from celery_rig import HERE, Place, on, site, until
+
 from idempotent_bus import InvalidBizId
 from idempotent_bus.celery import Refused, ResultNotStored
 
@@ -97,17 +97,20 @@ def test_autoretry_and_giving_up(site: Place, unique: str) -> None:
 @pytest.mark.parametrize("kind", ["task", "chain", "group", "chord"])
 def test_replace(site: Place, unique: str, kind: str) -> None:
     """A task that is replaced ends with what it was replaced by; each part of that runs once."""
-    assert site.t.replaced.delay(unique, kind).get(timeout=30) == {"task": 3, "chain": 7, "group": [3, 7], "chord": 10}[kind]
+    assert (
+        site.t.replaced.delay(unique, kind).get(timeout=30)
+        == {"task": 3, "chain": 7, "group": [3, 7], "chord": 10}[kind]
+    )
     assert site.runs("replaced", unique) == 1
     site.stays("add", f"{unique}-1", seconds=0.2)
 
 
 @PREFORK
 def test_time_limits(site: Place, unique: str) -> None:
-    """A soft limit that is not caught and a hard one in mid-effect end as Celery says (FAILURE), with a dead letter; the
-    next call is another attempt. With acks_on_timeout=False the message itself comes back, at once."""
-    from celery.exceptions import SoftTimeLimitExceeded
+    """A soft limit that is not caught and a hard one in mid-effect end as Celery says (FAILURE), with a dead letter.
 
+    The next call is another attempt. With acks_on_timeout=False the message itself comes back, at once.
+    """
     caught, soft = site.t.soft.delay(f"{unique}-c", True), site.t.soft.delay(f"{unique}-s", False)
     hard, again = site.t.hard.delay(unique), site.t.hard_again.delay(unique)
     assert caught.get(timeout=30) == "caught"
@@ -171,8 +174,10 @@ def test_ignore_and_reject(site: Place, unique: str) -> None:
 
 @PREFORK
 def test_a_child_that_dies(site: Place, unique: str) -> None:
-    """I12: a child that dies in the handler leaves an abandoned claim, and the policy decides at once: rerun, quarantine
-    or probe. Not after the lease of 60 seconds."""
+    """I12: a child that dies in the handler leaves an abandoned claim, and the policy decides at once.
+
+    Rerun, quarantine or probe; and not only after the lease of 60 seconds.
+    """
     began = time.monotonic()
     rerun = site.t.dies.delay(unique, 1)
     site.t.dies_quarantined.delay(unique)
@@ -216,7 +221,7 @@ def test_another_body_under_one_biz_id_is_a_conflict(site: Place, unique: str) -
 
 @ALL
 def test_an_invalid_biz_id_is_refused_where_it_is_sent_and_where_it_arrives(site: Place, unique: str) -> None:
-    """A call that no worker would run is not sent; from a producer that knows nothing of this it fails in the worker."""
+    """A call that no worker would run is not sent; by a producer that knows nothing of this it fails in the worker."""
     for wrong in ("", True, None, "x" * 600):
         with pytest.raises(InvalidBizId):
             site.t.add.delay(wrong, 1, 2)
@@ -264,5 +269,3 @@ def test_plain_tasks_are_untouched(site: Place) -> None:
     path = site.t.trace_path.delay().get(timeout=30)
     assert path == [True, "celery.worker.request:Request", "celery.worker.strategy:default"]
     assert site.t.double.delay(4).get(timeout=30) == 8
-
-

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds after which a message is looked at again that could not be put off, or moved to its dead letter.
 _AGAIN: Final = 4.0
+#: Seconds after the call of `on_timeout` by which the pool has killed the child: SIGTERM, a tenth of a second, SIGKILL.
+_KILLED_BY_THEN: Final = 0.5
 #: The running consumer of each app's worker: its timer holds what no broker can hold.
 _consumers: WeakKeyDictionary[Celery, Any] = WeakKeyDictionary()
 #: What ends a task without Celery giving it up.
@@ -56,6 +58,7 @@ class GuardedRequest(Request):
         super().__init__(message, *args, **kwargs)
         self._guard: Guard | None = guard_of(self._task)
         self._is_moved = False
+        self._is_put_off = False
         self._nonce = b""
         self._renew_nonce()
 
@@ -67,29 +70,32 @@ class GuardedRequest(Request):
         if isinstance(error, PutOff):
             task_ready(self)
             return self._put_off(error.delay)
-        if isinstance(error, (WorkerLostError, Terminated, TimeLimitExceeded, SystemExit, KeyboardInterrupt)):
-            self._abandon()
+        if isinstance(error, (WorkerLostError, Terminated, SystemExit, KeyboardInterrupt)):
+            self._abandon()  # not for a hard time limit: its child is killed only after this, and after on_timeout
         if self._is_given_up(error) and not self._move_to_dead_letter(error):
             task_ready(self)
             return self._put_off(_AGAIN)
         return super().on_failure(exc_info, send_failed_event, return_ok)
 
     def on_timeout(self, soft: bool, timeout: float) -> Any:
-        """A time limit was reached. At the hard one the child is about to be killed."""
-        if not soft:
-            self._abandon()
-            if self.task.acks_late and self.task.acks_on_timeout:
-                self._move_to_dead_letter(TimeLimitExceeded(timeout))
+        """A time limit was reached. At the hard one the child is about to be killed; `on_failure` was called before."""
+        if self._guard is None or soft:
+            return super().on_timeout(soft, timeout)
+        # Once it is dead: while it lives its claim is nobody else's.
+        _consumers[self._app].timer.call_after(_KILLED_BY_THEN, self._abandon, (self._nonce,))
+        given_up = self.task.acks_late and self.task.acks_on_timeout
+        if given_up and not self._is_put_off and not self._move_to_dead_letter(TimeLimitExceeded(timeout)):
+            self._put_off(_AGAIN)
+        if self._is_put_off:
+            return task_ready(self)
         return super().on_timeout(soft, timeout)
 
-    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> Any:
-        if terminated:
-            self._abandon()
-        return super()._announce_revoked(reason, terminated, signum, expired)
-
-    def _announce_cancelled(self, emit_retry: bool = True) -> Any:
-        self._abandon()
-        return super()._announce_cancelled(emit_retry)
+    def _success_was_stored(self) -> Any:
+        """Whether Celery may ack the message of a lost child, because of its task's result."""
+        # That may be an older one's of the same task id; and the record knows better, once the message is back.
+        if self._guard is not None and self.task.acks_late and self.task.reject_on_worker_lost:
+            return False
+        return super()._success_was_stored()
 
     # --- the claim ----------------------------------------------------------------------------------------
 
@@ -99,14 +105,15 @@ class GuardedRequest(Request):
             self._nonce = os.urandom(NONCE_BYTES)
             self._request_dict["properties"] = {**self._request_dict["properties"], NONCE: self._nonce}
 
-    def _abandon(self) -> None:
+    def _abandon(self, nonce: bytes | None = None) -> None:
+        """End the claim of a child that is dead. nonce: of an earlier run, if it is not the last one's."""
         if self._guard is None:
             return
         try:
             key = self._guard.key_of(self._args, self._kwargs, self._request_dict.get(INNER_MSG_ID))
         except InvalidMessage:
             return  # nothing was claimed for it
-        self._guard.abandon(key, self._nonce)
+        self._guard.abandon(key, nonce or self._nonce)
 
     # --- the message --------------------------------------------------------------------------------------
 
@@ -116,7 +123,9 @@ class GuardedRequest(Request):
         if self._guard is None or not task.acks_late or isinstance(error, _NOT_GIVEN_UP):
             return False
         if isinstance(error, WorkerLostError):
-            return not (task.reject_on_worker_lost or task.retry_on_worker_lost)
+            if not getattr(task, "retry_on_worker_lost", False):  # Celery 5.7
+                return not task.reject_on_worker_lost
+            return task.max_retries is not None and self._context.retries >= task.max_retries
         return not isinstance(error, TimeLimitExceeded) or bool(task.acks_on_timeout)
 
     def _move_to_dead_letter(self, error: BaseException) -> bool:
@@ -139,6 +148,7 @@ class GuardedRequest(Request):
         """Let the message come back after so many seconds, kept by the broker, or by this worker where it cannot."""
         if self.acknowledged or self._guard is None:
             return
+        self._is_put_off = True
         try:
             self._settlement(self._guard).wait(delay)
         except Exception as error:  # noqa: BLE001 - its connection is gone, and the broker has it again; or it stays here
@@ -164,13 +174,15 @@ class GuardedRequest(Request):
         the protection of the other, which may be running.
         """
         consumer = _consumers[self._app]
-        consumer.qos.increment_eventually()
-        consumer.timer.call_after(delay, self._look_again, (consumer,))
+        qos = consumer.qos
+        qos.increment_eventually()
+        consumer.timer.call_after(delay, self._look_again, (consumer, qos))
 
-    def _look_again(self, consumer: Any) -> None:
-        consumer.qos.decrement_eventually()
+    def _look_again(self, consumer: Any, qos: Any) -> None:
+        qos.decrement_eventually()  # not the consumer's: after a reconnect that one has another, which never counted it
         if self._message.channel.connection is None:
             return  # the broker has it again
+        self._is_put_off = False
         self._renew_nonce()  # of another claim: the last one may have been given up
         task_reserved(self)
         consumer.on_task_request(self)
