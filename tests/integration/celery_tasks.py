@@ -18,7 +18,7 @@ from celery._state import get_current_worker_task
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from kombu import Exchange, Queue
 
-from idempotent_bus import InDoubt, Transient, open_store
+from idempotent_bus import INNER_MSG_ID, InDoubt, Transient, open_store
 from idempotent_bus.celery import setup
 
 VARIABLE = "CELERY_TASKS"
@@ -223,11 +223,15 @@ def _tasks(app: Celery, settings: dict[str, Any]) -> Any:
         note("big", pid)
         return "x" * 2000
 
+    @task(biz_id=INNER_MSG_ID)
+    def caused(pid: str, name: str) -> None:
+        note("caused", f"{pid}-{name}")
+
     @task()
     def mother(pid: str, once: bool) -> str:
         note("mother", pid)
         for name in ("one", "two"):
-            tasks.plain_note.apply_async((f"{pid}-{name}",), **({"once": name} if once and settings["guarded"] else {}))
+            tasks.caused.apply_async((pid, name), **({"once": name} if once else {}))
         if runs("mother", pid) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return "sent"
@@ -242,7 +246,7 @@ def _tasks(app: Celery, settings: dict[str, Any]) -> Any:
         note("plain_note", pid)
         return pid
 
-    def told(*args: Any, pid: str) -> None:
+    def told(pid: str) -> None:
         note("told", pid)
 
     def trace_path() -> list[object]:

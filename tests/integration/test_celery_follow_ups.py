@@ -1,4 +1,4 @@
-"""What follows from a task that is delivered several times follows once; the controls show what does without the ids."""
+"""What follows from a task that is delivered several times follows once; the control shows what does without ids."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from celery import chain, chord
 from celery_rig import Place, on, place, site, until
 from kombu.exceptions import OperationalError
 
+from idempotent_bus import ConfigurationError
 from idempotent_bus.celery import stamping
 from idempotent_bus.msgid import new_inner_msg_id
 
@@ -84,7 +85,13 @@ def test_a_rerun_names_its_calls(site: Place, unique: str) -> None:
         pid = f"{unique}-{once}"
         assert site.t.mother.delay(pid, once).get(timeout=30) == "sent"
         for name in ("one", "two"):
-            site.stays("plain_note", f"{pid}-{name}", number, seconds=0.3)
+            site.stays("caused", f"{pid}-{name}", number, seconds=0.3)
+
+
+def test_once_is_not_for_tasks_without_a_scope(here: Place, unique: str) -> None:
+    """A plain task would swallow `once` silently, and be called twice by a rerun: it is refused."""
+    with pytest.raises(ConfigurationError, match="scope"):
+        here.t.double.apply_async((1,), once="name")
 
 
 # --- controls -----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from celery._state import get_current_worker_task
 from celery.app.amqp import AMQP
 from kombu.exceptions import OperationalError
 
-from ..errors import PublishError
+from ..errors import ConfigurationError, PublishError
 from ..headers import INNER_MSG_ID
 from ..kombu_message import is_of_the_broker
 from .confirming import ConfirmingPool
@@ -76,6 +76,8 @@ class StampingAMQP(AMQP):
         @functools.wraps(send)
         def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
             options, message = _stamped(message, options)
+            if "once" in options:
+                raise ConfigurationError(f"once is an option of tasks with a scope; {name} has none")
             held = _held.get()
             if held is not None:
                 held.append(functools.partial(_send_later, app, send, name, message, options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -70,8 +71,10 @@ class IdempotentTask(Task):
         install(app)
         run, bound = _function_of(cls)
         check_plain(run)
-        if option(cls, "inbox") is not None:
-            cls.__header__ = staticmethod(Arguments(run, bound=bound, transactional=True).check)
+        head = Arguments(run, bound=bound, transactional=option(cls, "inbox") is not None).check
+        # A partial, as Celery's of a bound task: an errback of one is sent as a message. Others with several parameters
+        # are called on the spot by whoever has failed, without a guard, and again at each delivery of the failed task.
+        cls.__header__ = staticmethod(functools.partial(head))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         request = self.request
