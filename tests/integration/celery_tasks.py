@@ -13,13 +13,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 from celery import Celery, Task, chain, chord, group
 from celery._state import get_current_worker_task
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from kombu import Exchange, Queue
+from sqlalchemy.orm import sessionmaker
 
 from idempotent_bus import INNER_MSG_ID, InDoubt, Transient, open_store
 from idempotent_bus.celery import setup
+from idempotent_bus.inbox import Inbox
 
 VARIABLE = "CELERY_TASKS"
 
@@ -88,7 +91,7 @@ def _tasks(app: Celery, settings: dict[str, Any]) -> Any:
     @task()
     def slow(pid: str, seconds: float) -> str:
         note("slow", pid)
-        time.sleep(seconds)
+        time.sleep(seconds if runs("slow", pid) == 1 else 0.1)
         note("slept", pid)
         return pid
 
@@ -236,6 +239,9 @@ def _tasks(app: Celery, settings: dict[str, Any]) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
         return "sent"
 
+    if "inbox" in settings:
+        _inbox_tasks(settings, task, note, runs)
+
     def plain(word: str, function: Any) -> None:
         setattr(tasks, word, app.task(name=f"{settings['name']}.{word}")(function))
 
@@ -258,6 +264,37 @@ def _tasks(app: Celery, settings: dict[str, Any]) -> Any:
     ):  # fmt: skip
         plain(word, function)
     return tasks
+
+
+def _inbox_tasks(settings: dict[str, Any], task: Any, note: Any, runs: Any) -> None:
+    """Tasks whose effect is a row, in one commit with their record."""
+    engine = sa.create_engine(settings["inbox"])
+    with engine.begin() as connection:
+        connection.execute(sa.text(f"CREATE TABLE IF NOT EXISTS {settings['name']}_rows (pid text)"))
+    engine.dispose()  # nothing of it may come through a fork
+    row = sa.text(f"INSERT INTO {settings['name']}_rows (pid) VALUES (:pid)")
+    prefix = f"{settings['name']}_"
+
+    @task(inbox=Inbox(engine, table_prefix=prefix))
+    def pay(pid: str, how: str, connection: Any) -> str:
+        connection.execute(row, {"pid": pid})
+        note("pay", pid)
+        first = runs("pay", pid) == 1
+        if how == "raise" and first:
+            raise ValueError(pid)
+        if how == "die" and first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "meet" and first:
+            connection.execute(sa.text("DO $$ BEGIN RAISE EXCEPTION 'met' USING ERRCODE = '40001'; END $$"))
+        return f"paid {pid}"
+
+    @task(bind=True, inbox=Inbox(sessionmaker(engine), table_prefix=prefix))
+    def pay_in_session(self: Any, pid: str, times: int, session: Any) -> int:
+        session.execute(row, {"pid": pid})
+        note("pay_in_session", pid)
+        if self.request.retries < times:
+            raise self.retry(countdown=0)
+        return int(self.request.retries)
 
 
 if VARIABLE in os.environ:
