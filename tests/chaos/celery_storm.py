@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 #: The calls of one unit: a charge, a chain of two, a chord of three and its body, and one that is retried.
 CALLS = 8
 #: What each kind of task must have had once for each unit.
-INSIDE, OUTSIDE = {"charge": 2, "part": 3, "flaky": 1}, {"card": 1, "bill": 1}
+INSIDE, OUTSIDE = {"charge": 2, "part": 3, "flaky": 1}, ("card", "bill")
 LEASE = 4.0
 #: Nothing has happened for so long: what is not done now never will be. Lease, visibility, backoffs and a start.
 QUIET = 45.0
@@ -56,7 +56,10 @@ class Outcome:
     unexplained: int = 0
     ticks: int = 0
     states: Counter[str] = field(default_factory=Counter)
-    left: int = 0
+    #: What was not there, by task and biz-id.
+    missing: list[str] = field(default_factory=list)
+    #: What the sender met, and sent again.
+    send_errors: Counter[str] = field(default_factory=Counter)
 
     @property
     def is_right(self) -> bool:
@@ -100,7 +103,6 @@ class Storm:
         self.outcome = Outcome(units * CALLS, 0.0)
         self.killed: set[int] = set()
         self.ids: list[str] = []
-        self.errors: list[str] = []
         self.workers = [self._worker() for _ in range(workers)]
         self.beat = self._start("beat", "-l", "ERROR", "--pidfile", "")
 
@@ -159,7 +161,7 @@ class Storm:
                 try:
                     return make()
                 except (OperationalError, PublishError, OSError) as error:
-                    self.errors.append(type(error).__name__)
+                    self.outcome.send_errors[type(error).__name__] += 1
                     time.sleep(0.2)
 
         for n in range(self.units):
@@ -255,8 +257,9 @@ class Storm:
         made.ticks = sum(len(all_) for (task, _), all_ in effects.items() if task == "tick")
         ours = {one: all_ for one, all_ in effects.items() if self.guarded or one[0] != "tick"}
         made.outside_doubled = sum(len(all_) - 1 for all_ in ours.values())
-        wanted = sum(OUTSIDE.values()) * self.units
-        made.outside_missing = wanted - sum(one[0] != "tick" for one in effects)
+        wanted = [("card", f"c{n}") for n in range(self.units)] + [("bill", f"{n}") for n in range(self.units)]
+        made.missing = [" ".join(one) for one in wanted if one not in effects]
+        made.outside_missing = len(made.missing)
         if self.guarded:
             for all_ in effects.values():
                 # A killed child is in our list; one that Celery has ended, because its connection was lost, did nothing
