@@ -13,7 +13,7 @@ from celery import Celery
 from celery.app.trace import build_tracer
 from kombu import Producer
 
-from idempotent_bus.celery import setup
+from idempotent_bus.celery import PutOff, setup
 from idempotent_bus.headers import INNER_MSG_ID
 from idempotent_bus.stores.memory import MemoryStore
 
@@ -40,15 +40,18 @@ class Wire:
             return
         self.sent.append((json.loads(json.dumps(body)), options))
 
-    def deliver(self, sent: Sent) -> None:
-        """Run one message as a worker does."""
+    def deliver(self, sent: Sent) -> float | None:
+        """Run one message as a worker does. Returns the seconds for which it is put off, if it is."""
         (args, kwargs, embedded), options = sent
         headers = options["headers"]
         task = self.app.tasks[headers["task"]]
         request = {**headers, **embedded, "args": args, "kwargs": kwargs, "is_eager": False, "called_directly": False}
         request.update(delivery_info={}, properties={"timestamp": options.get("timestamp")}, hostname="here")
         trace = build_tracer(task.name, task, app=self.app, propagate=False)
-        trace(headers["id"], args, kwargs, request)
+        outcome = trace(headers["id"], args, kwargs, request)
+        error = getattr(outcome.retval, "exception", None)
+        error = getattr(error, "exc", error)
+        return error.delay if isinstance(error, PutOff) else None
 
     def flow(self, copies: int) -> None:
         """Run everything that was published, and what follows from it, each message so often."""

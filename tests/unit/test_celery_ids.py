@@ -15,7 +15,6 @@ from idempotent_bus.celery.ids import frozen, sent_as
 from idempotent_bus.headers import INNER_MSG_ID
 from idempotent_bus.msgid import derived_inner_msg_id, is_inner_msg_id, new_inner_msg_id
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated")  # Celery's use of redis-py
 
 
@@ -228,3 +227,30 @@ def test_protocol_1_is_stamped_too(wire: Wire) -> None:
     wire.app.amqp.__dict__.pop("create_task_message", None)
     wire.app.tasks["plain"].delay(1)
     assert is_inner_msg_id(wire.ids[0])
+
+
+def test_a_chord_whose_sender_died_goes_on(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I1: the last part is killed after Celery's claim to send the chord's body: its copy waits for that, and sends it.
+
+    Without the wait the copy would be done, and the chord stand still for ever.
+    """
+    backend = wire.app.backend
+    extend = backend._chord_claim_extend_script
+    monkeypatch.setattr(backend, "_chord_claim_extend_script", _die)
+    CANVAS["chord"](wire.app.tasks, "p").apply_async()
+    wire.deliver(wire.sent[0])
+    with pytest.raises(SystemExit):
+        wire.deliver(wire.sent[1])
+    monkeypatch.setattr(backend, "_chord_claim_extend_script", extend)
+    delay = wire.deliver(wire.sent[1])
+    assert delay is not None
+    assert delay > 0
+    assert wire.tasks == {"add": 2}
+    for key in backend.client.scan_iter("*.c"):
+        backend.client.delete(key)  # its time is over
+    assert wire.deliver(wire.sent[1]) is None
+    assert wire.tasks == {"add": 2, "total": 1}
+
+
+def _die(**_: Any) -> None:
+    raise SystemExit

@@ -66,7 +66,7 @@ class ConfirmingProducer(Producer):
 
     def _throw_away(self, connection: Any) -> None:
         with contextlib.suppress(Exception):  # it is of no use any more, whatever its goodbye says
-            connection.collapse()
+            connection.collect()
 
 
 class ConfirmingPool(ProducerPool):
@@ -75,7 +75,7 @@ class ConfirmingPool(ProducerPool):
     Producer = ConfirmingProducer
 
 
-#: The channel for confirms of each open AMQP connection; a collapsed connection takes its own along.
+#: The channel for confirms of each open AMQP connection; a connection that is thrown away takes its own along.
 _channels: WeakKeyDictionary[Any, ConfirmChannel] = WeakKeyDictionary()
 
 

@@ -43,6 +43,7 @@ from ..stores import store_source
 from ..work import Ended, Passing, Work
 from .arguments import Arguments
 from .call import Call, RetriedAndReturned, Settled, restored
+from .chords import claimed_for
 from .outcomes import PutOff, Refused
 from .settings import inbox_of, option
 from .stamping import has_succeeded
@@ -117,6 +118,8 @@ class Guard:
         ending = self._get_executor().handle(work)
         how = ending.how
         if how is Ended.COMPLETED or how is Ended.REPLAYED:
+            if how is Ended.REPLAYED:
+                self._wait_for_chord(request)
             has_succeeded(request)
             # A probe that found the effect has no result either.
             return call.value if how is Ended.COMPLETED else restored(ending.value)
@@ -143,6 +146,17 @@ class Guard:
         if isinstance(error, RetriedAndReturned):
             return call.value
         raise error
+
+    def _wait_for_chord(self, request: Any) -> None:
+        """A copy of a chord's part: whoever was to send the chord's body may be this very message, killed before it."""
+        try:
+            seconds = claimed_for(self._task, request)
+        except Exception as error:
+            raise PutOff(
+                f"{self.scope}: its result backend does not answer ({type(error).__name__})", _AGAIN
+            ) from error
+        if seconds:
+            raise PutOff(f"{self.scope}: somebody is about to send the body of its chord", seconds)
 
     def _patience(self, work: Work, most: float) -> float:
         """Seconds until a busy copy looks again: soon at first, since most tasks are short, then later and later."""

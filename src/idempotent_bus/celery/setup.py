@@ -123,12 +123,21 @@ def _guard_scoped_tasks(app: Celery) -> None:
     def task_from_fun(fun: Any, name: str | None = None, base: Any = None, **options: Any) -> Any:
         if base is None and options.get("scope") is not None:
             base = _base_of(app)
-        return make(fun, name, base, **options)
+        task = make(fun, name, base, **options)
+        _check_task(task)
+        return task
 
     task_from_fun._idempotent_bus = True  # type: ignore[attr-defined]  # for a second call of setup
     app._task_from_fun = task_from_fun
     beat_init.connect(_name_beats_messages)
-    app.on_after_finalize.connect(_check_tasks, weak=False)
+    finalize: Callable[..., None] = app.finalize
+
+    @functools.wraps(finalize)
+    def finalize_and_check(auto: bool = False) -> None:
+        finalize(auto=auto)
+        _check_tasks(app)
+
+    app.finalize = finalize_and_check  # not on_after_finalize: a signal swallows what its receivers raise
     if app.finalized:
         _check_tasks(app)
 
@@ -141,15 +150,19 @@ def _base_of(app: Celery) -> type[IdempotentTask]:
     return type("IdempotentTask", (IdempotentTask, own), {"abstract": True})
 
 
-def _check_tasks(sender: Any, **_: Any) -> None:
-    for task in sender._tasks.values():
+def _check_tasks(app: Celery) -> None:
+    for task in app._tasks.values():
+        _check_task(task)
         if isinstance(task, IdempotentTask):
             guard_of(task)
-        elif getattr(task, "scope", None) is not None:
-            raise ConfigurationError(
-                f"the task {task.name} names a scope, but would run unguarded: call setup(app, ...) before its tasks "
-                "are declared, or give it base=IdempotentTask"
-            )
+
+
+def _check_task(task: Any) -> None:
+    if getattr(task, "scope", None) is not None and not isinstance(task, IdempotentTask):
+        raise ConfigurationError(
+            f"the task {task.name} names a scope, but would run unguarded: call setup(app, ...) before its tasks "
+            "are declared, or give it base=IdempotentTask"
+        )
 
 
 def _name_beats_messages(sender: Any, **_: Any) -> None:
