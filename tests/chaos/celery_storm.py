@@ -34,7 +34,7 @@ CALLS = 8
 INSIDE, OUTSIDE = {"charge": 2, "part": 3, "flaky": 1}, ("card", "bill")
 LEASE = 4.0
 #: Nothing has happened for so long: what is not done now never will be. Lease, visibility, backoffs and a start.
-QUIET = 45.0
+QUIET = 120.0
 
 
 @dataclass

@@ -70,6 +70,7 @@ class Place:
         self.settings.update(self.more)
         if self.kind == "redis":  # stays kombu's own
             self.settings["setup"] = {"edge": False, **self.settings.get("setup", {})}
+        self.folder.mkdir(exist_ok=True)
         Path(self.settings["log"]).touch()
         self.app: Celery = celery_tasks.make(self.settings)
         self.t: Any = self.app.t
