@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from billiard.einfo import ExceptionWithTraceback
 from celery import Celery
+from celery.concurrency.thread import TaskPool as ThreadPool
 from celery.exceptions import Ignore, Reject, Retry, Terminated, TimeLimitExceeded, WorkerLostError
 from celery.worker.request import Request
 from celery.worker.state import task_ready, task_reserved
@@ -46,6 +47,10 @@ def strategy(task: Any, app: Celery, consumer: Any, **options: Any) -> Any:
     """Celery's own way of taking messages; the guard is made now, so that wrong options end the worker's start."""
     guard_of(task)
     _consumers[app] = consumer
+    if consumer.pool.is_green or isinstance(consumer.pool, ThreadPool):
+        # After a reconnect Celery would raise the prefetch count bit by bit from whatever thread acks. Two threads that
+        # wait for AMQP's answer on one connection wait for ever: such a worker stood still, with all it had fetched.
+        app.conf.worker_enable_prefetch_count_reduction = False
     return celery_strategy(task, app, consumer, **options)
 
 
