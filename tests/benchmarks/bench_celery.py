@@ -321,7 +321,7 @@ def main() -> int:
     if options.only != "running":
         below += measure("sending", SENDING, options.rounds, options.sends)
     if not all(way.installed for way in RUNNING):
-        print("\nnot installed: pip install --no-deps --target FOLDER celery-once celery-singleton, then --peers FOLDER")
+        print("\nto install: pip install --no-deps --target FOLDER celery-once celery-singleton, then --peers FOLDER")
     return 1 if below else 0
 
 
