@@ -4,9 +4,9 @@
     python examples/celery_app.py
 
 It needs no servers: broker, results, dedup store and the shop's database are SQLite files in the folder SHOP.
-With servers only the URLs
-change, `redis://localhost:6379/0` or `amqp://guest@localhost//` for BROKER, `redis://localhost:6379/1` for RESULTS and
-DEDUP, `postgresql+psycopg://...` for DATABASE, and the worker is Celery's own: `celery -A celery_app worker`.
+With servers only the URLs change, `redis://localhost:6379/0` or `amqp://guest@localhost//` for BROKER,
+`redis://localhost:6379/1` for RESULTS and DEDUP, `postgresql+psycopg://...` for DATABASE, and the worker is
+Celery's own: `celery -A celery_app worker`.
 """
 
 from __future__ import annotations

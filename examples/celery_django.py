@@ -3,8 +3,9 @@
     pip install 'idempotent-bus[celery,django]'
     python examples/celery_django.py
 
-It needs no servers: database, broker and the inbox are SQLite files in the folder SHOP. With PostgreSQL and RabbitMQ only DATABASES and
-BROKER change, and the two parts run as processes of their own: `manage.py runserver` and `celery -A ... worker`.
+It needs no servers: database, broker and the inbox are SQLite files in the folder SHOP. With PostgreSQL
+and RabbitMQ only DATABASES and BROKER change, and the two parts run as processes of their own: `manage.py runserver`
+and `celery -A ... worker`.
 """
 
 from __future__ import annotations

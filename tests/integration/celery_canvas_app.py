@@ -1,7 +1,7 @@
 """The canvas matrix as an application: its worker, and `main`, which sends all canvases and prints what they give.
 
 With CANVAS_KIND=plain it is Celery alone on kombu's transport: the oracle. With CANVAS_KIND=guarded every task has a
-scope, and the bus's own id as its biz-id. Both have acks_late and reject_on_worker_lost for the whole app, without which
+scope, and the bus's own id as its biz-id. Both have acks_late and reject_on_worker_lost for the whole app: without them
 Celery's own `celery.map` and `celery.starmap`, which no base class reaches, are lost with their child.
 
 CANVAS_DEATHS=n: of every n-th run of `add` the child kills itself when the task has succeeded and Celery has sent what
@@ -196,6 +196,6 @@ def main() -> None:
     for name, result in results.items():
         try:
             given[name] = result.get(timeout=PATIENCE)
-        except Exception as error:  # what a canvas gives may be an error: of which kind is what is compared
+        except Exception as error:  # noqa: BLE001 - an error is what a canvas may give: its class is compared
             given[name] = f"raises {type(error).__name__}"
     print(json.dumps(given))

@@ -1,5 +1,5 @@
-"""Canvases of guarded tasks give what plain Celery's give: chain, group, chord, map, starmap, chunks, three deep in each
-other, with link and link_error, on both brokers, with Redis as the result backend; undisturbed and killed.
+"""Canvases of guarded tasks give what plain Celery's give: chain, group, chord, map, starmap, chunks, three deep in
+each other, with link and link_error, on both brokers, with Redis as the result backend; undisturbed and killed.
 
 The oracle is plain Celery, undisturbed, in the same test: `celery_canvas_app.py` as a worker of its own, with the same
 canvases. Compared are each canvas's result, and the traces that links and errbacks have left.

@@ -97,6 +97,17 @@ def test_the_wrong_ways_go_wrong(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("example", "said"),
+    [("celery_app.py", "20 clicks, 10 charges, 10 cards\n"), ("celery_django.py", "10 charges = 10 cards\n")],
+)
+def test_the_celery_apps(example: str, said: str) -> None:
+    """I2: one file with tasks, their worker and what calls them, run as a reader does: no card and no charge twice."""
+    script = EXAMPLE.parent / example
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == said, done.stderr
+
+
 def test_the_django_app() -> None:
     """I2, I3: one file with view, relay and consumer, run as a reader runs it: as many cards as charges."""
     example = EXAMPLE.parent / "django_app.py"
