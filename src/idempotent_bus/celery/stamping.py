@@ -30,6 +30,14 @@ __all__ = ["Held", "StampingAMQP", "has_succeeded", "holding_back", "install"]
 
 #: Ours, and true of one message only: a retry copies the headers of the message that it repeats.
 _OF_ONE_MESSAGE: Final = "idempotent-bus-"
+#: What Celery puts on every task message: most messages have no other headers to look at.
+# fmt: off
+_OF_CELERY: Final = {
+    "lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries", "timelimit", "root_id",
+    "parent_id", "argsrepr", "kwargsrepr", "origin", "ignore_result", "replaced_task_nesting", "stamped_headers",
+    "stamps",
+}
+# fmt: on
 #: Seconds after which a task whose follow-up could not be sent is looked at again.
 _AGAIN: Final = 5.0
 
@@ -124,8 +132,9 @@ def _stamped(message: Any, options: dict[str, Any]) -> tuple[dict[str, Any], Any
     headers = {**message.headers, **(options.get("headers") or {})}
     about = message.headers if "id" in message.headers else message.body  # protocol 1 has it in the body
     inner_msg_id = id_of(str(about["id"]), int(about.get("retries") or 0), int(about.get("replaced_task_nesting") or 0))
-    for name in [name for name in headers if is_of_the_broker(name) or name.startswith(_OF_ONE_MESSAGE)]:
-        del headers[name]
+    for name in headers.keys() - _OF_CELERY:
+        if is_of_the_broker(name) or name.startswith(_OF_ONE_MESSAGE):
+            del headers[name]
     headers[INNER_MSG_ID] = inner_msg_id
     body = message.body
     if isinstance(body, tuple) and isinstance(body[2], Mapping) and (body[2]["callbacks"] or body[2]["errbacks"]):
