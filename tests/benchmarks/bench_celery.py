@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_celery.py [--rounds 5] [--tasks 1500] [--sends 1000] [--peers FOLDER]
 
-**Running.** Every way has a queue that is full before its worker starts: the solo pool, a task that does nothing, acks
-late, no results, Celery's own settings otherwise. The worker itself measures from its 100th task to its last, so that
-its start is no part of it. Every round measures all ways, each round in another order.
+**Running.** Every way has a worker and a queue of its own: the solo pool, a task that does nothing, acks late, no
+results, Celery's own settings otherwise. A first task holds the worker until its queue is full; the worker itself then
+measures from the 100th task to the last. Every round measures all ways one after the other, in another order.
 
 **Sending.** `apply_async` of the same task from one process, in pieces of a hundred; the ways take turns, each piece in
 another order, and nobody's piece begins before the broker has stored what came before.
@@ -27,6 +27,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -105,6 +106,9 @@ class Counter:
     def __init__(self, total: int) -> None:
         self.left, self.total, self.began = total, total, 0.0
 
+    def again(self) -> None:
+        self.left = self.total
+
     def __call__(self) -> None:
         self.left -= 1
         if self.left == self.total - WARM:
@@ -145,6 +149,12 @@ def application(way: Way, name: str, tasks: int = 0) -> tuple[Celery, Any]:
     @app.task(base=base, name=f"{name}.nothing", **options)
     def nothing(payment_id: str) -> None:
         count()
+
+    @app.task(name=f"{name}.hold")
+    def hold(path: str) -> None:
+        while not os.path.exists(path):
+            time.sleep(0.005)
+        count.again()
 
     return app, nothing
 
@@ -194,31 +204,38 @@ def clean(way: Way, name: str) -> None:
 # --- the rounds -----------------------------------------------------------------------------------------
 
 
-def run_once(number: int, way: Way, tasks: int) -> float:
-    """Tasks a second of a worker of this way."""
-    name = f"bench-{uuid.uuid4().hex[:12]}"
-    _, task = application(way, name)
-    try:
-        send(task, tasks)
-        command = [sys.executable, __file__, "--worker", str(number), "--name", name, "--tasks", str(tasks)]
-        worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert worker.stdout is not None
-        try:
-            said = next((line for line in worker.stdout if line.startswith(RATE)), "")  # not the worker's banner
-        finally:
-            worker.send_signal(signal.SIGTERM)
-            worker.communicate(timeout=60)
-        rate = float(said.removeprefix(RATE))
-        assert stored(way, name) == 0, f"{way.title}: tasks are left over"
-        kept = records(name)
-        assert kept == (tasks if way.kind == "guarded" else 0), f"{way.title}: {kept} records of {tasks} tasks"
-    finally:
-        clean(way, name)
-    return rate
+class Worker:
+    """The worker of a way, from the first round to the last."""
 
+    def __init__(self, number: int, way: Way, tasks: int) -> None:
+        self.way, self.tasks, self.done = way, tasks, 0
+        self.name = f"bench-{uuid.uuid4().hex[:12]}"
+        self.app, self.task = application(way, self.name)
+        command = [sys.executable, __file__, "--worker", str(number), "--name", self.name, "--tasks", str(tasks)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
-def run_round(ways: Sequence[tuple[int, Way]], tasks: int) -> dict[str, float]:
-    return {way.title: run_once(number, way, tasks) for number, way in ways}
+    def run(self) -> float:
+        """Fill the queue, and let it be worked off: tasks a second."""
+        assert self.process.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            gate = Path(folder) / "open"
+            self.app.tasks[f"{self.name}.hold"].delay(str(gate))
+            send(self.task, self.tasks)
+            time.sleep(0.5)  # the worker holds, with what it has prefetched
+            gate.touch()
+            # Not the worker's banner.
+            said = next((line for line in self.process.stdout if line.startswith(RATE)), "")
+        self.done += self.tasks
+        until(self.way, self.name, 0)
+        kept = records(self.name)
+        expected = self.done if self.way.kind == "guarded" else 0
+        assert kept == expected, f"{self.way.title}: {kept} records of {self.done} tasks"
+        return float(said.removeprefix(RATE))
+
+    def close(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.communicate(timeout=60)
+        clean(self.way, self.name)
 
 
 def send_round(ways: Sequence[tuple[int, Way]], sends: int) -> dict[str, float]:
@@ -283,12 +300,21 @@ def table(title: str, ways: Sequence[Way], rates: Mapping[str, Sequence[float]])
 def measure(what: str, ways: Sequence[Way], rounds: int, count: int) -> int:
     installed = [(number, way) for number, way in enumerate(ways) if way.installed]
     rates: dict[str, list[float]] = {way.title: [] for _, way in installed}
-    one_round = run_round if what == "running" else send_round
-    for number in range(rounds):
-        for title, rate in one_round(rotated(installed, number), count).items():
-            rates[title].append(rate)
-        load = os.getloadavg()[0]
-        print(f"{what}: round {number + 1} of {rounds}, load average {load:.1f}", file=sys.stderr, flush=True)
+    workers = {number: Worker(number, way, count) for number, way in installed} if what == "running" else {}
+    try:
+        for number in range(-1 if workers else 0, rounds):  # the first one starts the workers, and does not count
+            ways_now = rotated(installed, number)
+            if workers:
+                found = {way.title: workers[index].run() for index, way in ways_now}
+            else:
+                found = send_round(ways_now, count)
+            for title, rate in found.items() if number >= 0 else ():
+                rates[title].append(rate)
+            load = os.getloadavg()[0]
+            print(f"{what}: round {number + 1} of {rounds}, load average {load:.1f}", file=sys.stderr, flush=True)
+    finally:
+        for worker in workers.values():
+            worker.close()
     below = table(f"{what}, {count} tasks, {rounds} rounds", ways, rates)
     once, guarded = (rates.get(f"{kind}, RabbitMQ") for kind in ("celery-once", "guarded"))
     if what == "running" and once and guarded:
