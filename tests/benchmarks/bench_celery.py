@@ -311,7 +311,10 @@ def measure(what: str, ways: Sequence[Way], rounds: int, count: int) -> int:
             for title, rate in found.items() if number >= 0 else ():
                 rates[title].append(rate)
             load = os.getloadavg()[0]
-            print(f"{what}: round {number + 1} of {rounds}, load average {load:.1f}", file=sys.stderr, flush=True)
+            said = ", ".join(f"{title} {rate:.0f}" for title, rate in found.items())
+            print(
+                f"{what}: round {number + 1} of {rounds}, load average {load:.1f}: {said}", file=sys.stderr, flush=True
+            )
     finally:
         for worker in workers.values():
             worker.close()
