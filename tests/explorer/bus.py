@@ -26,10 +26,10 @@ from idempotent_bus import Outbox, PublishUnknown, Relay, ResendPolicy, schema
 from idempotent_bus.execution import current_execution
 from idempotent_bus.handler import IdempotentHandler
 from idempotent_bus.headers import INNER_MSG_ID
-from idempotent_bus.hooks import COMPLETE, HANDLER, MARK, READ
+from idempotent_bus.hooks import CLAIM, COMPLETE, DURABLE, HANDLER, MARK, READ
 from idempotent_bus.identity import record_key
 from idempotent_bus.lease import LeaseKeeper
-from idempotent_bus.model import Reason
+from idempotent_bus.model import Completed, Completion, Hold, Reason
 from idempotent_bus.policy import Policy
 from idempotent_bus.producer import IdempotentProducer
 from idempotent_bus.testing.faults import FaultyStep, Killed, Plan, Script, Watch, error_of
@@ -149,6 +149,9 @@ class BusWorld(Watch):
         self.runs: list[Run] = []
         self.completed: set[str] = set()
         self.names = {key: biz_id for biz_id, key in self.keys.items()}
+        #: Completions that are under way: by worker and ticket.
+        self.begun: dict[tuple[int, Any], Hold] = {}
+        self.left_under_way: list[Hold] = []
         self.arrived: defaultdict[str, set[str]] = defaultdict(set)
         self.doubtful = False
         self.left = 0  # messages in the broker
@@ -282,18 +285,39 @@ class BusWorld(Watch):
     # --- what the steps did -----------------------------------------------------------------------------------
 
     def done(self, worker: int, step: str, arguments: Sequence[Any], result: Any) -> None:
-        if step == COMPLETE and result:
-            biz_id = self.names[arguments[0].key]
-            self.completed.add(biz_id)
-            for run in self.runs:
-                if run.biz_id == biz_id and run.token == arguments[0].token:
-                    run.completed = True
+        if step == CLAIM:
+            outcomes = result if isinstance(result, list) else [result]
+            requests = arguments[0] if isinstance(result, list) else [arguments[0]]
+            arrived = {
+                request.key for request, outcome in zip(requests, outcomes, strict=True) if type(outcome) is Completed
+            }
+            # One that was under way, its worker dead or not yet told: by this the store tells that it arrived.
+            for hold in [hold for hold in (*self.left_under_way, *self.begun.values()) if hold.key in arrived]:
+                self._completed(hold)
+        elif step == COMPLETE and isinstance(arguments[0], Completion):
+            self.begun[worker, result] = arguments[0].hold
+        elif step == COMPLETE and result:
+            self._completed(arguments[0])
+        elif step == DURABLE:
+            for one in result:
+                hold = self.begun.pop((worker, one.ticket), None)
+                if hold is not None and one.durable:
+                    self._completed(hold)
+
+    def _completed(self, hold: Hold) -> None:
+        biz_id = self.names[hold.key]
+        self.completed.add(biz_id)
+        for run in self.runs:
+            if run.biz_id == biz_id and run.token == hold.token:
+                run.completed = True
 
     def check_ack(self, settle: Any) -> None:
         if self.biz_ids[id(settle)] not in self.completed and self.variant is AS_IT_IS:
             raise Violation("I4: acked before it is completed")
 
     def crashed(self, worker: int) -> None:
+        mine = [ticket for ticket in self.begun if ticket[0] == worker]  # the next one's begin with 1 again
+        self.left_under_way += [self.begun.pop(ticket) for ticket in mine]
         self._excuse(worker)
 
     def raised(self, worker: int, step: str) -> None:

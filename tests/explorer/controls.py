@@ -15,9 +15,11 @@ from world import Scenario, Variant, World
 from idempotent_bus.errors import StoreError
 from idempotent_bus.execution import LeasedExecution
 from idempotent_bus.executor import Executor
+from idempotent_bus.finishing import Finish
 from idempotent_bus.hooks import ACK, COMPLETE
 from idempotent_bus.inbox.running import Transactions
 from idempotent_bus.model import Claimed, ClaimOutcome, ClaimRequest, Hold
+from idempotent_bus.stores.streams import DirectStream
 from idempotent_bus.testing.explorer import Coverage, pairs
 from idempotent_bus.testing.faults import Plan
 from idempotent_bus.work import Ending, Work
@@ -31,6 +33,10 @@ class Around:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
+
+    def stream(self) -> DirectStream:
+        """Over its own `complete`."""
+        return DirectStream(self)  # type: ignore[arg-type]  # the rest is there by __getattr__
 
 
 class DedupeOff(Around):
@@ -77,6 +83,9 @@ class TokenCheckOff(Around):
 class AcksEarly(Executor):
     """Acks, then completes."""
 
+    def _streamed(self) -> None:
+        return None  # what is overridden here is the ordinary way
+
     def finish(self, execution: LeasedExecution, value: Any, /) -> Ending:
         self._step(ACK, execution.work.settle.ack)
         ending = self._complete(execution.work, execution, value)
@@ -87,11 +96,11 @@ class AcksEarly(Executor):
 class MarksFirst(Executor):
     """Completes, then runs the handler."""
 
-    def _run(self, work: Work, execution: LeasedExecution) -> Ending:
+    def _run(self, work: Work, execution: LeasedExecution, finish: Finish) -> Ending:
         lasting = {"result": None, "retention": execution.retention}
         with contextlib.suppress(StoreError):
             self._step(COMPLETE, self._claims.store().complete, execution.hold, **lasting)
-        return super()._run(work, execution)
+        return super()._run(work, execution, finish)
 
 
 class AcksBeforeTheCommit(Transactions):

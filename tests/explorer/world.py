@@ -19,11 +19,11 @@ from idempotent_bus.abandoned import AbandonedRecord
 from idempotent_bus.errors import InDoubt, Permanent
 from idempotent_bus.execution import current_execution
 from idempotent_bus.executor import Executor
-from idempotent_bus.hooks import CLAIM, COMPLETE, DEAD_LETTER, HANDLER, WAIT
+from idempotent_bus.hooks import CLAIM, COMPLETE, DEAD_LETTER, DURABLE, HANDLER, WAIT
 from idempotent_bus.identity import fingerprint, record_key
 from idempotent_bus.inbox.running import Transactions
 from idempotent_bus.lease import LeaseKeeper
-from idempotent_bus.model import Claimed, ClaimRequest, Hold, Reason, State
+from idempotent_bus.model import Claimed, ClaimRequest, Completed, Completion, Hold, Reason, State
 from idempotent_bus.policy import Policy
 from idempotent_bus.testing.broker import Delivery, MemoryBroker
 from idempotent_bus.testing.driving import Driver
@@ -119,6 +119,9 @@ class World(Watch):
         self.scope = f"s{next(self._numbers)}"
         self.keys = {biz_id: record_key(self.scope, biz_id) for biz_id in scenario.biz_ids}
         self.names = {key: biz_id for biz_id, key in self.keys.items()}
+        #: Completions that are under way: by worker and ticket.
+        self.begun: dict[tuple[int, Any], Hold] = {}
+        self.left_under_way: list[tuple[int, Hold]] = []
         self.broker = MemoryBroker(self._now, on_answer=self._answered)
         self.script = Script(plan, error=place.error, watch=self)
         self.history: list[tuple[Any, ...]] = []
@@ -260,19 +263,34 @@ class World(Watch):
             else:
                 for request, outcome in zip(arguments[0], result, strict=True):
                     self._claimed(request, outcome)
+        elif step == COMPLETE and isinstance(arguments[0], Completion):
+            self.begun[worker, result] = arguments[0].hold  # it is under way: whether it is done, DURABLE tells
         elif step == COMPLETE and result:
-            hold: Hold = arguments[0]
-            biz_id = self.names[hold.key]
-            self.history.append(("completion", biz_id, worker, hold.token))
-            first = self.completions.setdefault(biz_id, hold.token)
-            if self.is_real and (first != hold.token or self.tokens[biz_id] != hold.token):
-                raise Violation(f"I6: token {hold.token} completed {biz_id}, which token {self.tokens[biz_id]} held")
-            for run in self.runs:
-                if run.biz_id == biz_id and run.token == hold.token:
-                    run.completed = True
+            self._completed(arguments[0], worker)
+        elif step == DURABLE:
+            for one in result:
+                hold = self.begun.pop((worker, one.ticket), None)
+                if hold is not None and one.durable:
+                    self._completed(hold, worker)
         self.broker.lose_acks = False
 
+    def _completed(self, hold: Hold, worker: int) -> None:
+        biz_id = self.names[hold.key]
+        self.history.append(("completion", biz_id, worker, hold.token))
+        first = self.completions.setdefault(biz_id, hold.token)
+        if self.is_real and (first != hold.token or self.tokens[biz_id] != hold.token):
+            raise Violation(f"I6: token {hold.token} completed {biz_id}, which token {self.tokens[biz_id]} held")
+        for run in self.runs:
+            if run.biz_id == biz_id and run.token == hold.token:
+                run.completed = True
+
     def _claimed(self, request: ClaimRequest, outcome: Any) -> None:
+        if isinstance(outcome, Completed):
+            # One that was under way, its worker dead or not yet told: by this the store tells that it arrived.
+            under_way = [(worker, hold) for (worker, _), hold in self.begun.items()]
+            for worker, hold in self.left_under_way + under_way:
+                if hold.key == request.key and self.names[hold.key] not in self.completions:
+                    self._completed(hold, worker)
         if not isinstance(outcome, Claimed):
             return
         biz_id = self.names[request.key]
@@ -287,6 +305,8 @@ class World(Watch):
 
     def crashed(self, worker: int) -> None:
         self.history.append(("crash", worker))
+        mine = [ticket for ticket in self.begun if ticket[0] == worker]  # the next one's begin with 1 again
+        self.left_under_way += [(worker, self.begun.pop(ticket)) for ticket in mine]
         self._excuse(worker, "killed")
 
     def losing(self, worker: int, step: str) -> None:

@@ -13,6 +13,8 @@ __all__ = ["DirectStream", "GatheringStream"]
 
 #: Completions that one call takes at most: what came meanwhile goes with the next one.
 _MOST = 100
+#: Seconds without any after which the thread ends.
+_IDLE = 1.0
 
 
 class DirectStream:
@@ -52,8 +54,8 @@ class GatheringStream:
     """A thread that completes whatever has been begun since its last commit, in one: a commit of one's own while it is
     quiet, a shared one when many come.
 
-    A completion is on its way as soon as the commit before it is over. The thread starts with the first one, ends with
-    `close` or with the process, and is not inherited by a fork: there a new one is started.
+    A completion is on its way as soon as the commit before it is over. The thread starts with the first one and ends
+    when it has had nothing to do for a second, with `close`, or with the process; a fork does not inherit it.
     """
 
     def __init__(self, store: BatchCompletionStore) -> None:
@@ -108,8 +110,9 @@ class GatheringStream:
     def _run(self) -> None:
         while True:
             with self._work:
-                self._work.wait_for(lambda: self._waiting or self._closed)
+                self._work.wait_for(lambda: self._waiting or self._closed, _IDLE)
                 if not self._waiting:
+                    self._thread = None  # under the lock: the next one to come starts another
                     return
                 some = [self._waiting.popleft() for _ in range(min(len(self._waiting), _MOST))]
             self._do(some)

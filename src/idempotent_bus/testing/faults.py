@@ -31,7 +31,10 @@ T = TypeVar("T")
 
 #: The steps that ask a dedup store.
 _STORE_STEPS: Final = frozenset(
-    {hooks.CLAIM, hooks.RENEW, hooks.COMPLETE, hooks.RELEASE, hooks.ABANDON, hooks.QUARANTINE}
+    {
+        *(hooks.CLAIM, hooks.RENEW, hooks.COMPLETE, hooks.DURABLE),
+        *(hooks.RELEASE, hooks.ABANDON, hooks.QUARANTINE),
+    }
 )
 #: The steps that run code of the user's.
 _USERS_STEPS: Final = frozenset({hooks.HANDLER, hooks.PROBE})

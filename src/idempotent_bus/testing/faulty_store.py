@@ -8,8 +8,9 @@ from typing import Any, Final
 
 from ..errors import StoreUnavailable
 from ..model import ClaimOutcome, ClaimRequest, Hold
-from ..store import Store
+from ..store import CompletionStream, Store
 from ..stores.memory import MemoryStore
+from ..stores.streams import DirectStream
 
 __all__ = ["FaultyStore"]
 
@@ -93,6 +94,10 @@ class FaultyStore:
             return result
 
         return call
+
+    def stream(self) -> CompletionStream:
+        """A stream whose completions are calls of `complete`, so that what is told of these is true of it."""
+        return DirectStream(self)
 
     def close(self) -> None:
         """Close the store that it is around."""
