@@ -4,8 +4,8 @@
     python examples/celery_django.py
 
 It needs no servers: database, broker and the inbox are SQLite files in the folder SHOP. With PostgreSQL
-and RabbitMQ only DATABASES and BROKER change, and the two parts run as processes of their own: `manage.py runserver`
-and `celery -A ... worker`.
+and RabbitMQ only DATABASES and BROKER change, and the three parts run as processes of their own: `manage.py runserver`,
+`manage.py relay`, which sends what was committed, and `celery -A ... worker`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from django.core.management import call_command
 
 TEMPORARY = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # removed at the end
 FOLDER = os.environ.setdefault("SHOP", TEMPORARY.name)  # the worker below inherits it
-BROKER = os.environ.get("BROKER", f"sqla+sqlite:///{FOLDER}/broker.db")
+BROKER = os.environ.get("BROKER", f"idempotent-sqla+sqlite:///{FOLDER}/broker.db")
 PAYMENTS = [f"p-{number:02}" for number in range(10)]
 
 # --- settings.py ------------------------------------------------------------------------------------------
@@ -44,10 +44,11 @@ settings.configure(
             "OPTIONS": {"transaction_mode": "IMMEDIATE"} if django.VERSION >= (5, 1) else {},
         }
     },
+    IDEMPOTENT_BUS={"BROKER": BROKER},
 )
 django.setup()
 
-from django.db import connection, models, transaction  # noqa: E402 - after the settings, in one file
+from django.db import connection, models  # noqa: E402 - after the settings, in one file
 from django.http import HttpRequest, HttpResponse  # noqa: E402
 from django.test import Client  # noqa: E402
 from django.urls import path  # noqa: E402
@@ -94,11 +95,11 @@ def issue_card(payment_id: str) -> None:
 
 
 def charge(request: HttpRequest, payment_id: str) -> HttpResponse:
-    """Charge, and have the card issued."""
+    """Charge, and have the card issued: one commit, under ATOMIC_REQUESTS."""
     Charge.objects.create(payment_id=payment_id)
-    # The wrong way, although Django's own: the message leaves after the commit, and a process that dies between the two
-    # has charged a customer who never gets a card.
-    transaction.on_commit(lambda: issue_card.delay(payment_id))
+    # Not transaction.on_commit(lambda: issue_card.delay(payment_id)): that message leaves after the commit, and a
+    # process that dies between the two has charged a customer who never gets a card.
+    issue_card.delay_in_transaction(payment_id)
     return HttpResponse("charged")
 
 
@@ -117,6 +118,7 @@ def main() -> None:
     for payment in PAYMENTS:
         client.get(f"/charge/{payment}/")
         issue_card.delay(payment)
+    call_command("relay", once=True)
     worker = subprocess.Popen(
         [sys.executable, "-m", "celery", "-A", Path(__file__).stem, "worker", "-P", "solo", "-l", "ERROR"],
         cwd=Path(__file__).parent,
