@@ -71,7 +71,10 @@ class IdempotentTask(Task):
         install(app)
         run, bound = _function_of(cls)
         check_plain(run)
-        head = Arguments(run, bound=bound, transactional=option(cls, "inbox") is not None).check
+        transactional = option(cls, "inbox") is not None
+        head = None if transactional else getattr(cls, "__header__", None)
+        if head is None:
+            head = Arguments(run, bound=bound, transactional=transactional).check
         # A partial, as Celery's of a bound task: an errback of one is sent as a message. Others with several parameters
         # are called on the spot by whoever has failed, without a guard, and again at each delivery of the failed task.
         cls.__header__ = staticmethod(functools.partial(head))
