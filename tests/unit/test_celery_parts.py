@@ -162,7 +162,7 @@ def test_setup_refuses_what_it_does_not_know() -> None:
     [
         ({"scope": "a"}, ConfigurationError, "needs biz_id"),
         ({"scope": "a", "biz_id": 5}, ConfigurationError, "needs biz_id"),
-        ({"scope": "", "biz_id": "pid"}, InvalidScope, ""),
+        ({"scope": "", "biz_id": "pid"}, InvalidScope, "scope"),
         ({"scope": "a", "biz_id": "pid", "lease": -1}, ConfigurationError, "lease"),
         ({"scope": "a", "biz_id": "pid", "max_attempts": 0}, ConfigurationError, "max_attempts"),
         ({"scope": "a", "biz_id": "pid", "on_abandoned": "pray"}, ConfigurationError, "on_abandoned"),
