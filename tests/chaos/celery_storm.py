@@ -184,8 +184,8 @@ class Storm:
             found.update("PENDING" if meta is None else json.loads(meta)["status"] for meta in metas)
         return found
 
-    def run(self, kills: int, cuts: int, beat_kills: int = 2) -> Outcome:
-        """All of it; returns when all is done, or when nothing has happened for QUIET seconds."""
+    def run(self, kills: int, cuts: int, beat_kills: int = 2, quiet: float = QUIET) -> Outcome:
+        """All of it; returns when all is done, or when nothing has happened for `quiet` seconds."""
         began = changed = time.monotonic()
         until_sent = threading.Thread(target=self.send)
         until_sent.start()
@@ -193,7 +193,7 @@ class Storm:
         self.random.shuffle(plan)
         total, before, done, counted = self.units * CALLS, -1, 0, 0.0
         for_each = total // (len(plan) + 2)
-        while time.monotonic() - changed < QUIET:
+        while time.monotonic() - changed < quiet:
             if time.monotonic() - counted > (0.3 if plan else 1.0):
                 counted = time.monotonic()
                 done = self.states()["SUCCESS"]

@@ -23,5 +23,5 @@ def test_kills_and_cuts_double_nothing_and_lose_nothing(broker: str, pool: str, 
 def test_without_the_library_the_same_kills_do_damage(tmp_path: Path) -> None:
     """The control: Celery's own tasks, acked late, on kombu's Redis transport, are done twice or lost or stuck."""
     with storm("redis", "threads", tmp_path, guarded=False, units=40, work=0.02) as run:
-        outcome = run.run(kills=5, cuts=1, beat_kills=0)
+        outcome = run.run(kills=5, cuts=1, beat_kills=0, quiet=20.0)
     assert outcome.is_damaged, outcome
