@@ -274,7 +274,8 @@ MUTANTS = [
     ),
     Mutant(
         "a_claim_whose_reply_was_lost", "the nonce in doubt is forgotten", "a claim that was in doubt is recognised",
-        Claims, "remember", (("self._doubtful[request.key] = request.nonce, request.reserve", "pass"),),
+        Claims, "remember",
+        (("self._doubtful[request.key, request.fingerprint] = request.nonce, request.reserve", "pass"),),
     ),
     Mutant(
         "a_claim_whose_reply_was_lost", "the nonce is not compared", "a claim that was made is recognised",
@@ -295,7 +296,7 @@ MUTANTS = [
         Executor, "_dispatch", (
             (
                 "return self._in_doubt(work)",
-                "return self._claimed(work, Claim(claim.request, Claimed(1, 1), claim.asked_at), Claimed(1, 1))",
+                "won = Claimed(1, 1); return self._claimed(work, Claim(claim.request, won, 0.0), won, finish)",
             ),
         ),
     ),

@@ -132,10 +132,11 @@ def _key_of(function: Any, args: tuple[Any, ...]) -> str:
     settle = getattr(function, "__self__", None)
     for _ in range(3):  # a settlement may be wrapped
         record = getattr(settle, "record", None)
-        if isinstance(record, str):
-            return record
+        if isinstance(record, bytes):
+            return record.hex()
         settle = getattr(settle, "_settle", None)
-    key = getattr(args[0], "key", None) if args else None
+    about = getattr(args[0], "hold", args[0]) if args else None  # a completion that is under way
+    key = getattr(about, "key", None)
     return key.hex() if isinstance(key, bytes) else ""
 
 
