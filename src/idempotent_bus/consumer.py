@@ -288,6 +288,7 @@ class IdempotentConsumer:
             self._finish(connection)
         finally:
             home.close()
+            self._acks = None  # what it held goes with the channel
             self._bell = None
             bell.close()
             if connection.transport.driver_type == "memory":

@@ -54,6 +54,8 @@ class Executor:
 
     store: gives the store, opened at its first call. manual: returning is not success, see `LeasedExecution.complete`.
     notify: told of every event. max_result: bytes of a result's JSON that are stored at most.
+    streaming: a window's completions are not waited for one by one (`finishing.py`). Explored, but off until a soak
+    has run over it.
     passing: says of what a handler raised whether somebody else answers for it, and how its claim ends then.
     clock, wall, sleep, draw, step: for tests; monotonic seconds, seconds since the epoch, time.sleep, random numbers in
     [0, 1), the named hooks.
@@ -69,6 +71,7 @@ class Executor:
         notify: Notify | None = None,
         max_result: int = MAX_RESULT_BYTES,
         passing: Callable[[BaseException], Passing] | None = None,
+        streaming: bool = False,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
@@ -85,6 +88,7 @@ class Executor:
         self._notify = notify
         self._max_result = max_result
         self._passing = passing
+        self._streaming = streaming
         self._clock = clock
         self._sleep = sleep
         self._draw = draw
@@ -117,13 +121,14 @@ class Executor:
         try:
             for index, work in enumerate(works):
                 claim = ahead.pop(index, None)
+                if streamed is not None and not silent:
+                    streamed.make_room(work.key)
+                    silent = streamed.in_doubt
                 if silent:
                     if claim is not None:
                         claims.remember(claim.request)
                     endings.append(self._in_doubt(work))
                     continue
-                if streamed is not None:
-                    streamed.make_room(work.key)
                 if claim is None:
                     claim = self._look(work)
                 elif claim.outcome is None or claims.is_late(claim):
@@ -149,7 +154,7 @@ class Executor:
 
     def _streamed(self) -> Finishing | None:
         """For a window: its completions, if the store can take them without being waited for."""
-        if self._manual:
+        if self._manual or not self._streaming:
             return None
         try:
             stream = self._streams.of(self._claims.store())

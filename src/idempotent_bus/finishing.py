@@ -28,6 +28,8 @@ UNDER_WAY: Final = Ending(Ended.OPEN)
 #: No handler starts with more completions under way, or with one that is under way for so many seconds.
 _MOST: Final = 50
 _LONGEST: Final = 1.0
+#: Seconds after which it is looked whether answers have come: a store that refuses must be noticed soon.
+_LOOK: Final = 0.001
 
 Finish = Callable[[LeasedExecution, Any], Ending]
 
@@ -39,14 +41,14 @@ class Streams:
         self._local = threading.local()
 
     def of(self, store: object) -> CompletionStream | None:
-        """This thread's stream; None if the store has none."""
+        """This thread's stream; None if the store has none, or one whose completions may die with this process."""
         if not isinstance(store, StreamStore):
             return None
         mine = getattr(self._local, "mine", None)
         if mine is None or mine[0] != os.getpid() or mine[1] is not store:
             mine = self._local.mine = (os.getpid(), store, store.stream())
         stream: CompletionStream = mine[2]
-        return stream
+        return stream if stream.survives else None
 
 
 class Finishing:
@@ -75,6 +77,9 @@ class Finishing:
         #: By ticket, in their order: the execution, what it returned, and when its completion left.
         self._under_way: dict[int, tuple[LeasedExecution, Any, float]] = {}
         self._keys: set[bytes] = set()
+        self._looked_at = clock()
+        #: True once the store gave no clear answer to a completion of this window.
+        self.in_doubt = False
         self._ended: dict[Work, Ending] = {}
 
     def begin(self, execution: LeasedExecution, value: Any, /) -> Ending:
@@ -96,15 +101,20 @@ class Finishing:
         key: the message's record. If its own completion is under way, the claim would find it busy.
         """
         while self._under_way:
+            now = self._clock()
             since = next(iter(self._under_way.values()))[2]
-            if len(self._under_way) < _MOST and self._clock() - since < _LONGEST and key not in self._keys:
-                return
-            self._take(self._answers())
+            if len(self._under_way) >= _MOST or now - since >= _LONGEST or key in self._keys:
+                self._take(self._answers(self._stream.settle))
+                continue
+            if now - self._looked_at >= _LOOK:
+                self._looked_at = now
+                self._take(self._answers(self._stream.poll), all_of_them=False)
+            return
 
     def settle(self) -> None:
         """Wait for all that are under way, and ack what is durable."""
         while self._under_way:
-            self._take(self._answers())
+            self._take(self._answers(self._stream.settle))
 
     def ended(self, work: Work) -> Ending:
         """How one that was under way has ended, after `settle`."""
@@ -117,13 +127,13 @@ class Finishing:
         self._under_way.clear()
         self._stream.settle()
 
-    def _answers(self) -> list[Settled]:
+    def _answers(self, ask: Callable[[], list[Settled]]) -> list[Settled]:
         try:
-            return self._step(DURABLE, self._stream.settle)
+            return self._step(DURABLE, ask)
         except StoreError:  # an injected fault: a stream raises nothing
             return []
 
-    def _take(self, settled: list[Settled]) -> None:
+    def _take(self, settled: list[Settled], *, all_of_them: bool = True) -> None:
         for one in settled:
             known = self._under_way.pop(one.ticket, None)
             if known is None:
@@ -131,10 +141,14 @@ class Finishing:
             execution, value, _ = known
             self._keys.discard(execution.hold.key)
             act = self._conclude if one.durable else self._finish
-            self._ended[execution.work] = act(execution, value)
-        if not settled:
+            self._note(execution.work, act(execution, value))
+        if not settled and all_of_them:
             # It tells nothing of them: nothing may be taken for durable.
             for execution, value, _ in list(self._under_way.values()):
-                self._ended[execution.work] = self._finish(execution, value)
+                self._note(execution.work, self._finish(execution, value))
             self._under_way.clear()
             self._keys.clear()
+
+    def _note(self, work: Work, ending: Ending) -> None:
+        self._ended[work] = ending
+        self.in_doubt = self.in_doubt or ending.how is Ended.IN_DOUBT

@@ -126,7 +126,13 @@ class CompletionStream(Protocol):
     are 1, 2, 3, ... in the order in which they were begun, and are settled in that order: the first that is not durable
     ends the prefix that may be acked in bulk. Whoever begins them bounds how many are under way (`pending`, and their
     age) before another handler starts. The rules of `complete` hold for each by itself, whatever its neighbours do.
+
+    survives: a completion that was begun arrives although the process is killed at once: it is done, or it has left.
+        Where it is not so, a kill may repeat all effects whose completions are under way, and not only the one that it
+        struck: so a consumer's window waits for each instead.
     """
+
+    survives: bool
 
     @property
     def pending(self) -> int:

@@ -22,9 +22,9 @@ from store_troubles import TROUBLES
 from consumer_rig import make_broker, poll
 from idempotent_bus import IdempotentConsumer, IdempotentProducer, idempotent_consumer
 from idempotent_bus.errors import StoreUnavailable
-from idempotent_bus.hooks import ACK, CLAIM, COMPLETE, HANDLER
+from idempotent_bus.hooks import ACK, CLAIM, COMPLETE, DURABLE, HANDLER
 from idempotent_bus.identity import record_key
-from idempotent_bus.model import Claimed, Completed
+from idempotent_bus.model import Claimed, Completed, Completion
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 
@@ -55,6 +55,7 @@ class Truth:
         self._scope = scope
         self._ours: set[str] = set()
         self._done: set[str] = set()
+        self._under_way: dict[int, str] = {}
 
     def __call__(self, name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if name == HANDLER:
@@ -65,7 +66,7 @@ class Truth:
         if name == ACK:
             self.acks.append(time.monotonic())
             settle: Any = function.__self__  # type: ignore[attr-defined]
-            if getattr(settle, "_settle", settle).record not in self._done:
+            if getattr(settle, "_settle", settle).record.hex() not in self._done:
                 self.lies.append("an ack without a clear completion")
         try:
             result = function(*args, **kwargs)
@@ -79,10 +80,20 @@ class Truth:
                     self._ours.add(request.key.hex())
                 if isinstance(outcome, Completed):
                     self._done.add(request.key.hex())
-        if name == COMPLETE and result:
-            self._done.add(args[0].key.hex())
-            self._ours.discard(args[0].key.hex())
+        if name == COMPLETE and isinstance(args[0], Completion):
+            self._under_way[result] = args[0].hold.key.hex()
+        elif name == COMPLETE and result:
+            self._is_done(args[0].key.hex())
+        if name == DURABLE:
+            for one in result:
+                key = self._under_way.pop(one.ticket, None)
+                if key is not None and one.durable:
+                    self._is_done(key)
         return result
+
+    def _is_done(self, key: str) -> None:
+        self._done.add(key)
+        self._ours.discard(key)
 
     @staticmethod
     def between(times: list[float], begin: float, end: float) -> int:

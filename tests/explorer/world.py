@@ -48,7 +48,8 @@ class Scenario:
     take turns. window: how many messages a worker takes at once; 0: one, through `handle`. fails: how many runs of a
     biz-id raise, before any effect. forbidden: biz-ids that raise Permanent. slow: biz-ids whose handler takes most of
     a lease, and is renewed meanwhile. stale: biz-ids older than the retention. redrive: the dead letters are moved back
-    once. policy: changes to the policy, whose values are the defaults but for three attempts instead of eight.
+    once. streaming: completions are not waited for one by one. policy: changes to the policy, whose values are the
+    defaults but for three attempts instead of eight.
     """
 
     copies: str
@@ -61,6 +62,7 @@ class Scenario:
     slow: str = ""
     stale: str = ""
     redrive: bool = False
+    streaming: bool = False
     on_abandoned: str = "rerun"
     policy: Mapping[str, Any] = field(default_factory=dict)
 
@@ -169,6 +171,7 @@ class World(Watch):
             policy,
             keeper=keeper,
             manual=scenario.manual,
+            streaming=scenario.streaming,
             clock=self._now,
             wall=self._now,
             sleep=self._pass,

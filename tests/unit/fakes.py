@@ -103,6 +103,8 @@ class Delivery:
 class LateStream:
     """A stream that has done nothing until it is settled. says: what it tells; only with True it completes."""
 
+    survives = True
+
     def __init__(self, store: Store, says: bool | None) -> None:
         self._store = store
         self._says = says

@@ -59,12 +59,16 @@ class Copy:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is published, and how it is worked on. fails: how many runs of a biz-id raise, before any effect."""
+    """What is published, and how it is worked on. fails: how many runs of a biz-id raise, before any effect.
+
+    streaming: completions are not waited for one by one.
+    """
 
     copies: str
     window: int = 1
     manual: bool = False
     fails: Mapping[str, int] = field(default_factory=dict)
+    streaming: bool = False
 
 
 SCENARIOS = {
@@ -78,6 +82,8 @@ SCENARIOS = {
     "window with two copies of one": Scenario("aba", window=3),
     "window with one that fails once": Scenario("abc", window=3, fails={"b": 1}),
     "window with one that always fails": Scenario("ab", window=2, fails={"a": 99}),
+    "streamed window": Scenario("aba", window=3, streaming=True),
+    "streamed window with one that fails once": Scenario("abc", window=3, fails={"b": 1}, streaming=True),
 }
 
 
@@ -189,6 +195,7 @@ class World:
             Policy(lease=60.0, max_attempts=MAX_ATTEMPTS, backoff=Backoff(1.0, 4.0)),
             keeper=keeper,
             manual=self.scenario.manual,
+            streaming=self.scenario.streaming,
             clock=self.clock,
             sleep=self.clock.sleep,
             draw=lambda: 0.5,

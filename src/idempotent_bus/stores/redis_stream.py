@@ -31,6 +31,8 @@ class RedisStream:
     means, or None if it must be asked singly. singly: `complete`, as the store does it otherwise.
     """
 
+    survives = True  # it is the kernel's once `begin` has returned
+
     def __init__(
         self,
         pool: ConnectionPool,

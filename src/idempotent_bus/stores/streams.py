@@ -20,6 +20,8 @@ _IDLE = 1.0
 class DirectStream:
     """Each completion is done while `begin` waits: for stores in this process, or without another way."""
 
+    survives = True
+
     def __init__(self, store: Store) -> None:
         self._store = store
         self._begun = 0
@@ -57,6 +59,8 @@ class GatheringStream:
     A completion is on its way as soon as the commit before it is over. The thread starts with the first one and ends
     when it has had nothing to do for a second, with `close`, or with the process; a fork does not inherit it.
     """
+
+    survives = False  # what waits for the thread goes with the process
 
     def __init__(self, store: BatchCompletionStore) -> None:
         self._store = store
