@@ -91,7 +91,7 @@ def mysql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
             patch.setattr(sql, "choose", sql_flavours.MySQL)
             patch.setattr(schema, "has_sequences", lambda dialect: False)
             store = sql.open_sql(url, table_prefix=prefix)
-            assert store.purge() == 0  # the tables are made while the patch holds
+            store.purge()  # so that the tables are made while the patch holds
         assert isinstance(store._flavour, sql_flavours.MySQL)
         return store
 

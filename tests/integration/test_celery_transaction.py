@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,11 @@ def test_a_chain_goes_into_the_outbox_as_one_message(shop: Shop) -> None:
     assert shop.waiting == 1
 
 
-def test_without_a_transaction_there_is_an_error_that_says_what_to_do(shop: Shop) -> None:
+def test_without_a_transaction_there_is_an_error_that_says_what_to_do(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Outside of any transaction `delay_in_transaction` refuses: it would be a publish without its effect."""
+    monkeypatch.setitem(sys.modules, "django.db", None)  # other tests of this process may have configured a project
     with pytest.raises(ConfigurationError, match="apply_in_transaction"):
         shop.issue.delay_in_transaction("p-1")
 
