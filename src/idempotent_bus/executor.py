@@ -54,8 +54,7 @@ class Executor:
 
     store: gives the store, opened at its first call. manual: returning is not success, see `LeasedExecution.complete`.
     notify: told of every event. max_result: bytes of a result's JSON that are stored at most.
-    streaming: a window's completions are not waited for one by one (`finishing.py`). Explored, but off until a soak
-    has run over it.
+    streaming: a window's completions are not waited for one by one (`finishing.py`), where the store can do that.
     passing: says of what a handler raised whether somebody else answers for it, and how its claim ends then.
     clock, wall, sleep, draw, step: for tests; monotonic seconds, seconds since the epoch, time.sleep, random numbers in
     [0, 1), the named hooks.
@@ -71,7 +70,7 @@ class Executor:
         notify: Notify | None = None,
         max_result: int = MAX_RESULT_BYTES,
         passing: Callable[[BaseException], Passing] | None = None,
-        streaming: bool = False,
+        streaming: bool = True,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,

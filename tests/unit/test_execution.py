@@ -752,9 +752,9 @@ def test_a_killed_process_does_not_release_what_it_completed(bench: Bench) -> No
 
 
 def test_first_deliveries_are_claimed_in_one_step(bench: Bench) -> None:
-    """One round trip for the whole window; then each runs, completes and is acked in its turn."""
+    """One round trip for the whole window; without a stream, each then runs, completes and is acked in its turn."""
     works = [bench.work(lambda n=n: n, str(n)) for n in range(4)]
-    endings = bench.executor().handle_window(works)
+    endings = bench.executor(streaming=False).handle_window(works)
     assert [ending.value for ending in endings] == [0, 1, 2, 3]
     assert bench.steps.passed == [CLAIM] + [HANDLER, COMPLETE, ACK] * 4
     assert answers(works) == ["ack"] * 4
@@ -763,7 +763,7 @@ def test_first_deliveries_are_claimed_in_one_step(bench: Bench) -> None:
 def test_completions_are_not_waited_for_one_by_one(bench: Bench) -> None:
     """Streaming: each completion leaves at once, and the acks follow when all are durable."""
     works = [bench.work(lambda n=n: n, str(n)) for n in range(4)]
-    endings = bench.executor(streaming=True).handle_window(works)
+    endings = bench.executor().handle_window(works)
     assert [ending.value for ending in endings] == [0, 1, 2, 3]
     assert bench.steps.passed == [CLAIM] + [HANDLER, COMPLETE] * 4 + [DURABLE] + [ACK] * 4
 
@@ -898,7 +898,7 @@ def test_a_connection_that_breaks_at_an_ack_loses_no_completion(bench: Bench) ->
     works = [bench.work(lambda n=n: n, str(n)) for n in range(3)]
     bench.steps.error(ACK)
     with pytest.raises(ConnectionError):
-        bench.executor(streaming=True).handle_window(works)
+        bench.executor().handle_window(works)
     assert [state(bench, str(n)) for n in range(3)] == [State.COMPLETED] * 3
     assert answers(works)[0] == ""
     again = bench.work(boom, "0")
@@ -909,7 +909,7 @@ def test_a_second_copy_in_the_window_waits_for_the_first_ones_completion(bench: 
     """I8: the copy is a replay, not busy: what is under way for its record is settled before it is claimed."""
     bench.stream_late()
     works = [bench.work(lambda: "once", "p-1"), bench.work(boom, "p-1"), bench.work(lambda: None, "p-2")]
-    endings = bench.executor(streaming=True).handle_window(works)
+    endings = bench.executor().handle_window(works)
     assert hows(endings) == ["completed", "replayed", "completed"]
     assert endings[1].value == "once"
 
@@ -924,17 +924,17 @@ def test_no_handler_starts_with_too_many_completions_under_way(bench: Bench) -> 
         most = max(most, stream.pending)
         bench.clock.advance(slow)
 
-    bench.executor(streaming=True).handle_window([bench.work(lambda: look(0.0), str(n)) for n in range(120)])
+    bench.executor().handle_window([bench.work(lambda: look(0.0), str(n)) for n in range(120)])
     assert most == 49, "the fiftieth is begun by the handler that is looking"
     most = 0
-    bench.executor(streaming=True).handle_window([bench.work(lambda: look(0.6), f"slow-{n}") for n in range(6)])
+    bench.executor().handle_window([bench.work(lambda: look(0.6), f"slow-{n}") for n in range(6)])
     assert most <= 2
 
 
 def test_a_window_waits_for_each_completion_that_a_kill_would_take_along(bench: Bench) -> None:
     """I2: with a stream whose completions wait in this process, one kill could repeat a whole window of effects."""
     bench.stream_late().survives = False
-    bench.executor(streaming=True).handle_window([bench.work(lambda: None, str(n)) for n in range(3)])
+    bench.executor().handle_window([bench.work(lambda: None, str(n)) for n in range(3)])
     assert bench.steps.passed == [CLAIM] + [HANDLER, COMPLETE, ACK] * 3
 
 
@@ -943,7 +943,7 @@ def test_what_the_stream_does_not_call_durable_is_asked_again(bench: Bench, dura
     """I4/I15: nothing is acked on the stream's word alone unless that is yes; `complete` with the same hold tells."""
     bench.stream_late(durable)
     works = [bench.work(lambda n=n: n, str(n)) for n in range(3)]
-    assert hows(bench.executor(streaming=True).handle_window(works)) == ["completed"] * 3
+    assert hows(bench.executor().handle_window(works)) == ["completed"] * 3
     assert answers(works) == ["ack"] * 3
     assert [state(bench, str(n)) for n in range(3)] == [State.COMPLETED] * 3
 
