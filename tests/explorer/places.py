@@ -101,6 +101,20 @@ class Redis(Place):
         super().__init__()
         self.prefix = f"x{uuid.uuid4().hex[:10]}:"
         self.store = open_store(url, prefix=self.prefix)
+        self._streams: list[Any] = []
+        stream = self.store.stream
+
+        def kept() -> Any:
+            self._streams.append(stream())
+            return self._streams[-1]
+
+        self.store.stream = kept
+
+    def begin(self) -> None:
+        """The workers of the last run are dead, and with them their connections."""
+        super().begin()
+        while self._streams:
+            self._streams.pop().close()
 
     def advance(self, seconds: float, keys: Sequence[bytes]) -> None:
         super().advance(seconds, keys)

@@ -2,6 +2,8 @@
 
     python tests/explorer/run.py                       # everything, with progress; writes reports/explorer.md
     python tests/explorer/run.py --places memory,sqlite --worlds stores --random 200
+    python tests/explorer/run.py --places redis,postgresql --worlds stores --depth 1 --at-least 10000
+    python tests/explorer/run.py --worlds stores --streaming    # where several messages are taken at once
     python tests/explorer/run.py --replay 'memory|two copies|3:crash-before,7:error'
 
 After each schedule the faults stop, workers are started again, all is drained, and the history is checked. A schedule
@@ -14,8 +16,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import itertools
 import logging
 import platform
+import random
 import sys
 import tempfile
 import time
@@ -34,7 +39,7 @@ from world import Scenario, World
 
 import servers
 from idempotent_bus import hooks
-from idempotent_bus.testing.explorer import Coverage, Failure, explore
+from idempotent_bus.testing.explorer import Coverage, Failure, explore, random_plans
 from idempotent_bus.testing.faults import FAULTS, Action, Plan, plan_of, text_of
 
 REPORT = Path(__file__).parent / "reports" / "explorer.md"
@@ -65,10 +70,22 @@ class Row:
         return self.coverage.schedules.total()
 
 
-def scenarios_of(place: Place) -> dict[str, Scenario]:
-    if not place.transactional:
-        return {**ALONE, **TOGETHER}
-    return {**INBOX, **(INBOX_TOGETHER if place.name.startswith("sqlite") else {})}
+#: What marks a scenario that is another one with streaming on.
+STREAMED = ", streamed"
+
+
+def scenarios_of(place: Place, streaming: bool = False) -> dict[str, Scenario]:
+    """All scenarios of a place. streaming: only those in which completions can be streamed, and are."""
+    if place.transactional:
+        return {**INBOX, **(INBOX_TOGETHER if place.name.startswith("sqlite") else {})}
+    every = {**ALONE, **TOGETHER}
+    if not streaming:
+        return every
+    return {
+        title + STREAMED: dataclasses.replace(scenario, streaming=True)
+        for title, scenario in every.items()
+        if scenario.window > 1 and len(scenario.copies) > 1 and not scenario.streaming
+    } | {title: scenario for title, scenario in every.items() if scenario.streaming}
 
 
 def depth_of(place: str, title: str) -> int:
@@ -114,18 +131,53 @@ def run_one(
     print(f"  {row.name}, {name}: {total} schedules, {total / (time.monotonic() - began):.0f}/s", flush=True)
 
 
-def explore_place(name: str, random: int | None, seed: int) -> tuple[Row, list[str], list[str]]:
+def more_plans(row: Row, place: Place, scenarios: dict[str, Scenario], at_least: int, seed: int) -> None:
+    """Random schedules, each with two to six actions, in every scenario by turns, until the place has had so many."""
+    began, coverage, lengths = time.monotonic(), Coverage(), dict[str, int]()
+    shown = began
+    chosen = random.Random(seed)
+    before, broken = row.schedules, set[str]()
+    titles = itertools.cycle(scenarios)
+    while before + coverage.schedules.total() < at_least and len(broken) < len(scenarios):
+        if (title := next(titles)) in broken:
+            continue
+        scenario = scenarios[title]
+        actions = actions_for(scenario, transactional=place.transactional)
+        if title not in lengths:
+            lengths[title] = len(World(scenario, {}, place).play().script.passed)
+        plan = next(random_plans(chosen.getrandbits(60), lengths[title], actions, least=2, most=6))
+        try:
+            passed = World(scenario, plan, place).play().script.passed
+        except AssertionError as cause:
+            broken.add(title)
+            line = f"python tests/explorer/run.py --replay '{row.name}|{title}|{text_of(plan)}'"
+            row.failures.append(f"{cause}: `{line}`")
+            print(f"FAILED {cause}\n  {line}", flush=True)
+            continue
+        coverage.steps.update(set(passed))
+        coverage.note(plan, passed)
+        if time.monotonic() - shown > 10:
+            shown = time.monotonic()
+            print(f"    {row.name}, random: {before + coverage.schedules.total()} of {at_least}", flush=True)
+    row.coverage.add(coverage)
+    row.seconds += time.monotonic() - began
+
+
+def explore_place(name: str, given: argparse.Namespace) -> tuple[Row, list[str], list[str]]:
     """All scenarios of a place, then its controls. Gives the row, the controls' lines, and what voids the run."""
     row, lines, void = Row(name), [], []
-    beyond = BEYOND[name] if random is None else random
+    beyond = BEYOND[name] if given.random is None else given.random
     with opened(name) as place:
-        for title, scenario in scenarios_of(place).items():
+        scenarios = scenarios_of(place, given.streaming)
+        for title, scenario in scenarios.items():
             actions = actions_for(scenario, transactional=place.transactional)
 
             def run(plan: Plan, scenario: Scenario = scenario) -> list[str]:
                 return World(scenario, plan, place).play().script.passed
 
-            run_one(row, title, run, actions, depth_of(name, title), beyond, seed)
+            depth = min(depth_of(name, title), given.depth)
+            run_one(row, title, run, actions, depth, beyond, given.seed)
+        more_plans(row, place, scenarios, given.at_least, given.seed)
         for title in INBOX_CONTROLS if place.transactional else CONTROLS:
             expected = (INBOX_CONTROLS if place.transactional else CONTROLS)[title][0]
             found, number = damage(title, place)
@@ -148,7 +200,7 @@ def _opened_bus(name: str) -> Iterator[tuple[Place, Bus]]:
         yield place, bus
 
 
-def explore_bus(name: str, random: int | None, seed: int) -> Row:
+def explore_bus(name: str, given: argparse.Namespace) -> Row:
     """The whole way over a kombu connection."""
     row = Row(f"{name} bus")
     urls = {"redis": servers.REDIS, "postgresql": servers.POSTGRESQL}
@@ -161,8 +213,9 @@ def explore_bus(name: str, random: int | None, seed: int) -> Row:
         def run(plan: Plan) -> list[str]:
             return BusWorld(plan, place, bus).play().script.passed
 
-        beyond = (300 if BUS_DEPTH[name] == 2 else 0) if random is None else random // 10
-        run_one(row, "outbox, relay, broker, consumer", run, FAULTS, BUS_DEPTH[name], beyond, seed)
+        beyond = (300 if BUS_DEPTH[name] == 2 else 0) if given.random is None else given.random // 10
+        depth = min(BUS_DEPTH[name], given.depth)
+        run_one(row, "outbox, relay, broker, consumer", run, FAULTS, depth, beyond, given.seed)
     return row
 
 
@@ -173,7 +226,7 @@ def replay(line: str) -> int:
         with _opened_bus(where.removesuffix(" bus")) as (place, bus):
             return _show(BusWorld(plan_of(plan), place, bus))
     with opened(where) as place:
-        return _show(World(scenarios_of(place)[name], plan_of(plan), place))
+        return _show(World(scenarios_of(place, name.endswith(STREAMED))[name], plan_of(plan), place))
 
 
 def _show(world: World | BusWorld) -> int:
@@ -241,6 +294,9 @@ def main() -> int:
     parser.add_argument("--places", default=",".join(PLACES), help="of memory, sqlite, redis, postgresql")
     parser.add_argument("--worlds", default="stores,inbox,bus", help="of stores, inbox, bus")
     parser.add_argument("--random", type=int, help="random schedules beyond, for each scenario")
+    parser.add_argument("--depth", type=int, default=3, help="at most so many actions tried together everywhere")
+    parser.add_argument("--at-least", type=int, default=0, help="random schedules until a place has had so many")
+    parser.add_argument("--streaming", action="store_true", help="completions are streamed, where they can be")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=Path, default=REPORT)
     parser.add_argument("--replay", help="place|scenario|plan, as a failure prints it")
@@ -258,13 +314,13 @@ def main() -> int:
         names += [f"{kind} inbox" for kind in kinds if kind in ("sqlite", "postgresql")]
     for name in names:
         print(name, flush=True)
-        row, lines, problems = explore_place(name, given.random, given.seed)
+        row, lines, problems = explore_place(name, given)
         rows.append(row)
         controls += lines
         void += problems
         write(given.report, rows, controls, void, time.monotonic() - began)
     for kind in kinds if "bus" in worlds else ():
-        rows.append(explore_bus(kind, given.random, given.seed))
+        rows.append(explore_bus(kind, given))
         write(given.report, rows, controls, void, time.monotonic() - began)
     for problem in void:
         print("VOID", problem)
