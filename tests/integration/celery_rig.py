@@ -25,6 +25,7 @@ from kombu.message import Message
 import servers
 from idempotent_bus import delays
 from idempotent_bus.headers import INNER_MSG_ID
+from sql_bus import Bus, drop
 
 HERE = Path(__file__).parent
 #: Where a test's application lives: broker, kind of queue, pool.
@@ -44,8 +45,8 @@ def until(condition: Callable[[], Any], seconds: float = 20.0, what: str = "it")
 class Place:
     """One application on one broker, and its workers.
 
-    kind: "ours-redis", "redis" (kombu's), "rabbitmq" or "rabbitmq-quorum". guarded: False: the same tasks as Celery's
-    own, acked late, for the controls.
+    kind: "ours-redis", "redis" (kombu's), "rabbitmq", "rabbitmq-quorum" or "ours-postgresql". guarded: False: the same
+    tasks as Celery's own, acked late, for the controls.
     """
 
     kind: str
@@ -58,7 +59,11 @@ class Place:
     def __post_init__(self) -> None:
         url = servers.rabbitmq() if self.kind in RABBITMQ else servers.real_redis()
         options: dict[str, Any] = {}
-        if self.kind not in RABBITMQ:
+        if self.kind == "ours-postgresql":
+            url = f"sqla+{servers.postgresql()}"
+            names = {"queue_tablename": f"{self.name}_queue", "message_tablename": f"{self.name}_message"}
+            options = {**names, "visibility_timeout": 20}
+        elif self.kind not in RABBITMQ:
             options = {"global_keyprefix": f"{self.name}:", "visibility_timeout": 20}
         self.settings: dict[str, Any] = {
             "name": self.name, "guarded": self.guarded, "broker": url, "options": options,
@@ -194,6 +199,8 @@ class Place:
                     channel.queue_delete(name)
                     channel.queue_delete(delays.return_queue(name).name)
                 channel.exchange_delete(self.name)
+        if self.kind == "ours-postgresql":
+            drop(Bus(servers.postgresql(), self.settings["options"]))
         client = redis.Redis.from_url(servers.real_redis())
         for key in client.scan_iter(f"*{self.name}*", count=1000):
             client.delete(key)
