@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
+
+from .errors import ConfigurationError
 
 __all__ = ["Event", "EventKind", "Listener", "Notify", "notifier"]
 
@@ -70,13 +73,31 @@ Notify = Callable[[Event], None]
 
 
 def notifier(listener: Listener | None) -> Notify | None:
-    """A function that tells the listener and swallows its errors; None if nobody listens."""
+    """A function that tells the listener and swallows its errors; None if nobody listens.
+
+    Raises ConfigurationError for what is no listener: since errors are swallowed, nobody would ever be told.
+    """
     if listener is None:
         return None
+    tell: Any = getattr(listener, "on_event", None)
+    if not callable(tell):
+        hint = ", not a function of its own" if inspect.isroutine(listener) else ""
+        raise ConfigurationError(
+            f"listener must be an object with a method on_event(event){hint}; see idempotent_bus.Listener"
+        )
+    if inspect.iscoroutinefunction(tell):
+        raise ConfigurationError("the listener's on_event must not be async: it is called, and never awaited")
+    try:
+        inspect.signature(tell).bind(None)
+    except TypeError:
+        hint = ": give an instance, not its class" if inspect.isclass(listener) else ""
+        raise ConfigurationError(f"the listener's on_event must take the event, and nothing else{hint}") from None
+    except ValueError:  # one that is not written in Python may not say what it takes
+        pass
 
     def notify(event: Event) -> None:
         try:
-            listener.on_event(event)
+            tell(event)
         except Exception:  # who only watches must not change what happens
             log.exception("a listener failed on %s in scope %s", event.kind.value, event.scope)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from celery import Celery, Task
+from celery.app.task import Context
 from celery.backends.base import BaseBackend
 from celery.exceptions import Reject
 from kombu import Connection
@@ -28,12 +29,17 @@ from idempotent_bus import (
     open_store,
 )
 from idempotent_bus.celery import IdempotentTask, PutOff, Refused, ResultNotStored, confirming, setup
+from idempotent_bus.celery import guard as celery_guard
 from idempotent_bus.celery.arguments import Arguments
 from idempotent_bus.celery.call import restored
 from idempotent_bus.celery.request import GuardedRequest
 from idempotent_bus.celery.settings import OPTIONS, option
 from idempotent_bus.celery.stamping import StampingAMQP, install
 from idempotent_bus.celery.task import guard_of
+from idempotent_bus.headers import INNER_MSG_ID as INNER_MSG_ID_HEADER
+from idempotent_bus.identity import fingerprint
+from idempotent_bus.model import Claimed, ClaimRequest
+from idempotent_bus.msgid import new_inner_msg_id, published_at
 from idempotent_bus.sending.resend import Known, NotConfirmed
 
 
@@ -521,3 +527,52 @@ def test_what_has_no_inner_msg_id_is_kombus(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(type(connection.transport), "driver_type", "amqp")
     monkeypatch.setattr(confirming, "_confirms_of", lambda _: pytest.fail("confirmed"))
     confirming.ConfirmingProducer(connection).publish("{}", routing_key="q", content_type="text/plain")
+
+
+# --- waiting for a busy record ---------------------------------------------------------------------------------
+
+
+def test_a_busy_copy_looks_again_soon_at_first_then_later_and_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """I12: a copy of a task that runs elsewhere comes back after busy_delay, then after half of its own age, and never
+    later than the lease of the one that runs lasts, spread by half; one whose age nobody knows after busy_delay."""
+    app, store = make_app(), open_store("memory://")
+    setup(app, store=lambda: store, lease=600.0, busy_delay=1.5)
+
+    @app.task(shared=False, scope="cards", biz_id="pid")
+    def task(pid: str) -> None:
+        raise AssertionError("it runs elsewhere")
+
+    guard = guard_of(task._get_current_object())
+    assert guard is not None
+    key = guard.key_of((), {"pid": "p"}, None)
+    mine = fingerprint({"pid": "p"}, True)
+    assert isinstance(store.claim(ClaimRequest(key, bytes(16), 600.0, 604_800.0, mine)), Claimed)
+    inner_msg_id = new_inner_msg_id()
+    published = published_at(inner_msg_id)
+
+    def wait(age: float, **headers: Any) -> float:
+        monkeypatch.setattr(celery_guard, "time", types.SimpleNamespace(time=lambda: published + age))
+        with pytest.raises(PutOff) as off:
+            guard.run(Context(properties={}, delivery_info={}, **headers), ("p",), {})
+        return float(off.value.delay)
+
+    waits = [wait(age, **{INNER_MSG_ID_HEADER: inner_msg_id}) for age in (-5, 0, 2, 4, 20, 200, 1000)]
+    assert waits == pytest.approx([1.5, 1.5, 1.5, 2, 10, 100, 500], abs=0.01)
+    assert 590 < wait(10_000, **{INNER_MSG_ID_HEADER: inner_msg_id}) <= 900
+    assert wait(10_000) == 1.5
+
+
+# --- listeners -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["setup", "task"])
+def test_what_is_no_listener_ends_the_start(where: str) -> None:
+    """A function in the place of a listener would be told nothing, for ever: ConfigurationError before any message."""
+    app = make_app()
+    setup(app, store="memory://", **({"listener": print} if where == "setup" else {}))
+
+    def task(pid: str) -> None: ...
+
+    app.task(task, scope="a", biz_id="pid", shared=False, **({"listener": print} if where == "task" else {}))
+    with pytest.raises(ConfigurationError, match="listener"):
+        app.finalize()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+import types
+from typing import Any, ClassVar
 
 import pytest
 from fakes import SCOPE, Bench, Delivery, Killed, Steps, answers, hows
+from sqlalchemy import create_engine
 
+from idempotent_bus import Inbox, idempotent_consumer, transactional_consumer
 from idempotent_bus.errors import ConfigurationError, LeaseLost, Permanent, StoreUnavailable, Transient
 from idempotent_bus.events import Event, EventKind, notifier
 from idempotent_bus.execution import LeasedExecution, current_execution
@@ -465,6 +468,48 @@ def test_a_listener_that_fails_changes_nothing(caplog: pytest.LogCaptureFixture)
     assert bench.executor(notify=notifier(Broken())).handle(work).how is Ended.COMPLETED
     assert answers([work]) == ["ack"]
     assert "listener failed" in caplog.text
+
+
+class _Async:
+    async def on_event(self, event: Event) -> None: ...
+
+
+class _Wide:
+    def on_event(self, event: Event, more: object) -> None: ...
+
+
+class _Empty:
+    on_event = "something else"
+
+
+@pytest.mark.parametrize("wrong", [print, lambda event: None, object(), Ear, _Async(), _Wide(), _Empty(), "listener"])
+def test_what_is_no_listener_is_refused_when_it_is_given(wrong: Any) -> None:
+    """A function, a class, an async or a wrong method: each would fail or do nothing at every event, which is only
+    logged. Refused where it is given, by every decorator, before any message."""
+    with pytest.raises(ConfigurationError, match="listener"):
+        notifier(wrong)
+    with pytest.raises(ConfigurationError, match="listener"):
+        idempotent_consumer("memory://", scope=SCOPE, biz_id="id", listener=wrong)
+    with pytest.raises(ConfigurationError, match="listener"):
+        transactional_consumer(Inbox(create_engine("sqlite://")), scope=SCOPE, biz_id="id", listener=wrong)
+
+
+def test_listeners_of_every_kind_are_told() -> None:
+    """A method, a class whose method is the class's own, a callable object as on_event: all that can be called."""
+
+    class Kept:
+        heard: ClassVar[list[Event]] = []
+
+        @classmethod
+        def on_event(cls, event: Event, more: int = 0) -> None:
+            cls.heard.append(event)
+
+    ear, event = Ear(), Event(EventKind.CLAIMED, SCOPE)
+    for listener in (ear, Kept, types.SimpleNamespace(on_event=Kept.heard.append)):
+        notify = notifier(listener)
+        assert notify is not None
+        notify(event)
+    assert (ear.heard, Kept.heard) == ([event], [event, event])
 
 
 def test_a_completion_in_doubt_raises_where_the_business_said_so() -> None:

@@ -91,6 +91,7 @@ class Guard:
             in_doubt=tuple(option(task, "in_doubt")),
         )
         self._max_result = option(task, "max_result")
+        self._notify = notifier(option(task, "listener"))
         self._task = task
         store = option(task, "store")
         if self.inbox is None and store is None:
@@ -202,7 +203,7 @@ class Guard:
 
     def _make_executor(self) -> WorkExecutor:
         options: dict[str, Any] = {
-            "notify": notifier(option(self._task, "listener")),
+            "notify": self._notify,
             "max_result": 2 * self._max_result + 2,  # a result's text is made JSON once more
             "passing": self._passing,
         }
