@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from test_mutants import MEMORY, mutated_memory
 
-from idempotent_bus.model import Busy, Claimed, ClaimRequest, Completed, Conflict, Hold, Quarantined, State
+from idempotent_bus.model import (
+    NONCE_BYTES,
+    Busy,
+    Claimed,
+    ClaimRequest,
+    Completed,
+    Conflict,
+    Hold,
+    Quarantined,
+    State,
+)
 from idempotent_bus.testing.store_contract import LONG, Subject, new_key
 
 TINY = 0.001
@@ -220,7 +230,7 @@ class Agreement(RuleBasedStateMachine):
         if entry and there:
             entry.state, entry.result = (State.COMPLETED if completed else State.RELEASED), None
             entry.attempts = entry.attempts if completed else 0
-            entry.nonce = b"nobody's"
+            entry.nonce = b"nobody's".ljust(NONCE_BYTES)
             self._keep_for(key, retention)
 
     def teardown(self) -> None:
