@@ -46,13 +46,14 @@ class Place:
     """One application on one broker, and its workers.
 
     kind: "ours-redis", "redis" (kombu's), "rabbitmq", "rabbitmq-quorum" or "ours-postgresql". guarded: False: the same
-    tasks as Celery's own, acked late, for the controls.
+    tasks as Celery's own, acked late, for the controls. environment: what its workers have, besides this process's.
     """
 
     kind: str
     folder: Path
     guarded: bool = True
     more: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
     name: str = field(default_factory=lambda: f"ct{uuid.uuid4().hex[:10]}")
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -94,7 +95,7 @@ class Place:
             worker = subprocess.Popen(
                 command,
                 cwd=HERE,
-                env={**os.environ, celery_tasks.VARIABLE: json.dumps(self.settings)},
+                env={**os.environ, **self.environment, celery_tasks.VARIABLE: json.dumps(self.settings)},
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
@@ -250,9 +251,11 @@ def _put(channel: Any, queue: str, body: Any, options: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def place(kind: str, folder: Path, *, guarded: bool = True, **more: Any) -> Iterator[Place]:
+def place(
+    kind: str, folder: Path, *, guarded: bool = True, environment: dict[str, str] | None = None, **more: Any
+) -> Iterator[Place]:
     """An application that is cleaned up, with its workers, whatever happens."""
-    made = Place(kind, folder, guarded, more)
+    made = Place(kind, folder, guarded, more, environment or {})
     try:
         yield made
     finally:

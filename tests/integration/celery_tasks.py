@@ -70,7 +70,8 @@ def _tasks(app: Celery, settings: dict[str, Any]) -> Any:
             if settings["guarded"]:
                 guard = {"scope": f"{settings['name']}.{word}", "biz_id": "pid", **options}
             else:
-                guard = {k: v for k, v in options.items() if k not in ("on_abandoned", "max_attempts", "max_result")}
+                guards = ("on_abandoned", "max_attempts", "max_result", "inbox")
+                guard = {k: v for k, v in options.items() if k not in guards}
                 guard["base"] = Task
             made = app.task(name=f"{settings['name']}.{word}", **guard)(function)
             setattr(tasks, word, made)
@@ -241,6 +242,8 @@ def _tasks(app: Celery, settings: dict[str, Any]) -> Any:
 
     if "inbox" in settings:
         _inbox_tasks(settings, task, note, runs)
+    if "django" in settings:
+        _django_task(settings, task, note, runs)
 
     def plain(word: str, function: Any) -> None:
         setattr(tasks, word, app.task(name=f"{settings['name']}.{word}")(function))
@@ -295,6 +298,26 @@ def _inbox_tasks(settings: dict[str, Any], task: Any, note: Any, runs: Any) -> N
         if self.request.retries < times:
             raise self.retry(countdown=0)
         return int(self.request.retries)
+
+
+def _django_task(settings: dict[str, Any], task: Any, note: Any, runs: Any) -> None:
+    """A task whose effect is a row written by Django's ORM, in one commit with its record."""
+    alias = settings["django"]
+    from django_rig import Card
+    from idempotent_bus.django import outbox
+
+    @task(inbox="django" if alias == "default" else f"django:{alias}")
+    def issue(pid: str, how: str) -> str:
+        Card.objects.using(alias).create(payment_id=pid)
+        if settings["guarded"]:  # without the inbox there is no transaction to add it to
+            outbox.add({"payment_id": pid}, routing_key="issued", using=alias)
+        note("issue", pid)
+        if runs("issue", pid) == 1:
+            if how == "raise":
+                raise ValueError(pid)
+            if how == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+        return f"issued {pid}"
 
 
 if VARIABLE in os.environ:
