@@ -19,6 +19,7 @@ from typing import Any
 
 from celery import Celery, Task, chain, chord, current_task, group
 from celery.backends.redis import RedisBackend
+from celery.signals import before_task_publish, task_prerun
 from celery.states import SUCCESS
 from redis import Redis
 
@@ -32,6 +33,8 @@ DEATHS, WHEN = int(os.environ.get("CANVAS_DEATHS", "0")), os.environ.get("CANVAS
 ONLY = os.environ.get("CANVAS_ONLY", "")
 PATIENCE = float(os.environ.get("CANVAS_PATIENCE", "60"))
 
+#: Which canvas is being sent, or a part of it run, in this process: a header that each message hands to what it causes.
+canvas = ""
 notes = Redis.from_url(REDIS)
 app = Celery("celery_canvas_app", broker=BROKER, backend=REDIS)
 app.conf.update(
@@ -54,7 +57,19 @@ def task(function: Any) -> Any:
     return app.task(name=function.__name__, scope=f"{NAME}.{function.__name__}", biz_id=INNER_MSG_ID)(function)
 
 
-def works() -> None:
+@before_task_publish.connect
+def hand_on(headers: Any = None, **_: Any) -> None:
+    headers["canvas"] = canvas
+
+
+@task_prerun.connect
+def begin(task: Any = None, **_: Any) -> None:
+    global canvas
+    canvas = getattr(task.request, "canvas", "")
+
+
+def works(name: str) -> None:
+    notes.hincrby(f"{NAME}:runs", f"{canvas}/{name}", 1)
     # Whom a test kills in the middle of something. Not Celery's own map and starmap: they are no guarded tasks, and
     # Celery's way of stopping a chord (see "after") stays with them.
     if not current_task.name.startswith("celery."):
@@ -64,38 +79,38 @@ def works() -> None:
 
 @task
 def add(x: Any, y: Any) -> Any:
-    works()
+    works("add")
     return x + y
 
 
 @task
 def mul(x: Any, y: Any) -> Any:
-    works()
+    works("mul")
     return x * y
 
 
 @task
 def total(numbers: Any) -> Any:
-    works()
+    works("total")
     return sum(sum(one) if isinstance(one, list) else one for one in numbers)
 
 
 @task
 def twice(x: Any) -> Any:
-    works()
+    works("twice")
     return x * 2
 
 
 @task
 def boom(x: Any) -> Any:
-    works()
+    works("boom")
     raise ValueError(f"no {x}")
 
 
 @task
 def note(result: Any, where: str) -> Any:
     """What a link is: it leaves a trace."""
-    works()
+    works("note")
     notes.rpush(f"{NAME}:notes", f"{where}: {json.dumps(result)}")
     return result
 
@@ -103,7 +118,7 @@ def note(result: Any, where: str) -> Any:
 @task
 def errback(task_id: str, *, where: str) -> None:
     """What a link_error is, in Celery's newer form: it gets the failed task's id, in a message of its own."""
-    works()
+    works("errback")
     notes.rpush(f"{NAME}:notes", f"{where}: failed")
 
 
@@ -119,9 +134,18 @@ def dying(store_result: Any) -> Any:
         notes.incr(f"{NAME}:deaths")
         if WHEN == "after" or (not WHEN and int(notes.get(f"{NAME}:deaths") or 0) % 2):
             stored()
+        arrived()
         return os.kill(os.getpid(), signal.SIGKILL)
 
     return store
+
+
+def arrived() -> None:
+    """Wait until the broker has what was sent from here: RabbitMQ may drop what a channel has not come to when its
+    connection dies, and then nobody could tell how often a link was sent."""
+    if BROKER.startswith("amqp"):
+        with app.producer_pool.acquire(block=True) as producer:
+            producer.channel.queue_declare(NAME, passive=True)  # answered after what came before it on this channel
 
 
 def chosen(task_id: str) -> bool:
@@ -188,10 +212,11 @@ def canvases() -> dict[str, Any]:
 
 
 def main() -> None:
+    global canvas
     results = {}
-    for name, canvas in canvases().items():
-        if not ONLY or name in ONLY.split(","):
-            results[name] = canvas.apply_async()
+    for canvas, made in canvases().items():
+        if not ONLY or canvas in ONLY.split(","):
+            results[canvas] = made.apply_async()
     given = {}
     for name, result in results.items():
         try:
