@@ -21,7 +21,8 @@ DEAD_ERROR: Final = "idempotent-bus-dead-error"
 DEAD_ATTEMPTS: Final = "idempotent-bus-dead-attempts"
 #: The scope of the consumer that gave the message up.
 DEAD_SCOPE: Final = "idempotent-bus-dead-scope"
-#: When, in whole seconds since the epoch, by the consumer's clock (for people; nothing is decided by it).
+#: When it died, in whole seconds since the epoch, by the consumer's clock. Kept by a redrive: what lay dead for longer
+#: than the retention may have been done by another copy, and forgotten.
 DEAD_AT: Final = "idempotent-bus-dead-at"
 #: The queue that the message was consumed from; a redrive moves it back there.
 ORIGIN_QUEUE: Final = "idempotent-bus-origin-queue"

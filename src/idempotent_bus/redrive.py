@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from kombu.transport import virtual
 
 from .errors import ConfigurationError, Rejected, Unroutable
 from .frames import read_everything
-from .headers import DEAD_AT, DEAD_FINGERPRINT, DEAD_REASON, DEAD_RECORD, ORIGIN_QUEUE, REDRIVE
+from .headers import DEAD_FINGERPRINT, DEAD_REASON, DEAD_RECORD, ORIGIN_QUEUE, REDRIVE
 from .hooks import ACK, PUBLISH, Step, direct
 from .inflating import limit_inflation
 from .kombu_message import DELIVERY_COUNT, OF_ONE_DEATH, driver_type, is_amqp, redrives
@@ -112,6 +111,10 @@ def redrive(
     limit: move at most so many. to: the queue for messages that do not say where they came from.
     discard_completed: ack completed ones away. on_message: told of each message, with the counts so far.
     step: performs each move and each ack; for fault injection.
+
+    A message that lay in the dead letter for longer than its consumer's retention is in doubt: another copy may have
+    been done and forgotten meanwhile. It is moved, and the consumer puts it back, as "too old", without running it.
+    Redriven once more within the retention, it runs: that is for a person who has looked whether it was done.
 
     Looks at no more messages than were there at the start, so it does not chase what fails again at once. What is left
     keeps its place on our transports and in classic queues; elsewhere it may go to the end, in its order.
@@ -261,7 +264,8 @@ class _Visit:
         return message
 
     def move_back(self, message: Message, target: str) -> Outcome:
-        headers = {REDRIVE: (redrives(message.headers) or 0) + 1, DEAD_AT: int(time.time())}
+        # Since when it is dead stays as it is: by that the consumer knows whether its record may be forgotten (I11).
+        headers = {REDRIVE: (redrives(message.headers) or 0) + 1}
         try:
             self._step(PUBLISH, self._move, message, target, headers)
         except (Unroutable, Rejected) as error:

@@ -38,7 +38,7 @@ class Work:
     redelivered: it may have been delivered before. It must be True for whatever the broker delivers again, and for
     what comes back after `Settlement.wait`, even as a new message: a first delivery may run on a reservation, which
     counts no attempt if its worker dies, so a message that looked like one each time could kill workers for ever.
-    published_at: when it was published or last moved out of the dead letter, seconds since the epoch; None if unknown.
+    published_at: when it was published or, if it was redriven since, died; seconds since the epoch; None if unknown.
     nonce: what it is claimed with; None: a fresh one. Whoever chose it can end the claim for a process that died.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import types
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from idempotent_bus.model import Claimed, ClaimRequest, Hold
 from idempotent_bus.redrive import Outcome, dead_letter_of, redrive
 from idempotent_bus.stores import open_store
 from idempotent_bus.stores.memory import MemoryStore
+from idempotent_bus.testing import ManualClock
 
 broker = pytest.fixture(broker_of)
 
@@ -91,7 +93,7 @@ def complete(store: Any, scope: str, biz_id: str, body: Any) -> None:
 @on(*BROKERS)
 def test_a_redriven_message_is_the_same_and_gets_its_attempts_afresh(broker: Broker) -> None:
     """I12, I1: back in its queue with id, body and headers, a redrive number, no word of its death; it runs again."""
-    queue, store, runs, seen = broker.queue(), MemoryStore(), [], []
+    queue, store, runs, seen, began = broker.queue(), MemoryStore(), [], [], int(time.time())
 
     def handle(body: Any, message: Message) -> None:
         seen.append(message)
@@ -102,9 +104,9 @@ def test_a_redriven_message_is_the_same_and_gets_its_attempts_afresh(broker: Bro
     handler = guarded(store, broker.unique, handle, max_attempts=2)
     inner = broker.publish(queue, {"id": "a"}, headers={"trace": "t"}, correlation_id="c")
     assert consume(broker, queue, handler, lambda: len(runs) == 2, timeout=20)
-    before = int(time.time())
     with broker.connect() as connection:
         done = redrive(connection, broker.dead, store=store)
+    after = time.time()
     assert (done.found, done.seen, done.moved, done.left) == (1, 1, 1, 0)
     assert broker.is_empty(broker.dead)
     assert consume(broker, queue, handler, lambda: len(runs) == 3, timeout=20)
@@ -113,11 +115,54 @@ def test_a_redriven_message_is_the_same_and_gets_its_attempts_afresh(broker: Bro
     assert last.headers[INNER_MSG_ID] == inner
     assert last.headers["trace"] == "t"
     assert last.headers[REDRIVE] == 1
-    assert last.headers[DEAD_AT] >= before
+    assert began <= last.headers[DEAD_AT] <= after
     assert not set(last.headers) & OF_ONE_DEATH
     assert last.properties["correlation_id"] == "c"
     assert broker.is_empty(queue.name)
     assert broker.is_empty(broker.dead)
+
+
+@on(*BROKERS)
+def test_what_lay_dead_for_longer_than_the_retention_is_in_doubt(broker: Broker, monkeypatch: Any) -> None:
+    """I11, I2: a copy died, another one was completed, and its record is forgotten. Redriven now, the dead one does not
+    run: it is dead-lettered as too old. Whoever has looked whether it was done redrives it once more: then it runs.
+
+    The control: one that died as long ago as is remembered runs at the first redrive.
+    """
+    queue, clock, runs, died = broker.queue(), ManualClock(), [], []
+    store = MemoryStore(clock)
+
+    def wall() -> float:
+        return time.time() + clock() - 1000.0
+
+    def handle(body: Any, message: Message) -> None:
+        runs.append(body["id"])
+        if len(runs) <= 2:
+            raise Permanent("no")
+
+    handler = guarded(store, broker.unique, handle, retention=1000.0)
+    handler.executor._wall = wall
+    for module in ("settlement", "redrive"):
+        named = types.SimpleNamespace(time=wall, sleep=time.sleep)
+        monkeypatch.setattr(f"idempotent_bus.{module}.time", named, raising=False)
+    for biz_id in ("done by another", "never done"):
+        broker.publish(queue, {"id": biz_id})
+    assert consume(broker, queue, handler, lambda: len(runs) == 2)
+    complete(store, broker.unique, "done by another", {"id": "done by another"})
+    clock.advance(900)
+    with broker.connect() as connection:
+        assert redrive(connection, broker.dead, store=store).moved == 1
+    assert consume(broker, queue, handler, lambda: len(runs) == 3)
+    assert runs == ["done by another", "never done", "never done"]
+    clock.advance(200)
+    with broker.connect() as connection:
+        assert redrive(connection, broker.dead, store=store).moved == 1, "its record is forgotten"
+    consume(broker, queue, handler, lambda: bool(died or died.extend(broker.take(broker.dead, timeout=0.1))))
+    assert len(runs) == 3, "it ran although it was done, and forgotten"
+    assert [message.headers[DEAD_REASON] for message in died] == ["too old"]
+    write_dead(broker, broker.dead, b'{"id": "done by another"}', died[0].headers)
+    assert redrive(broker.connect(), broker.dead, store=store).moved == 1
+    assert consume(broker, queue, handler, lambda: len(runs) == 4)
 
 
 @on(*BROKERS)

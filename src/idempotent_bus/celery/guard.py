@@ -253,14 +253,14 @@ class Guard:
 
 
 def _in_the_bus_since(request: Any, properties: Mapping[str, Any], number: int) -> float | None:
-    """When the message was published, or was due, or came out of the dead letter; None if that is not known."""
+    """When the message was published, or was due, or died if it was redriven since; None if that is not known."""
     published = published_at_of(getattr(request, INNER_MSG_ID_HEADER, None), properties.get("timestamp"))
     if published is None:
         return None
     known = [published]
-    moved = published_at_of(None, getattr(request, DEAD_AT, None)) if number else None
-    if moved is not None:
-        known.append(moved)
+    died = published_at_of(None, getattr(request, DEAD_AT, None)) if number else None
+    if died is not None:
+        known.append(died)
     if isinstance(request.eta, str):
         with contextlib.suppress(ValueError):
             known.append(datetime.datetime.fromisoformat(request.eta.replace("Z", "+00:00")).timestamp())

@@ -21,7 +21,8 @@ __all__ = ["BrokerMessage", "DeadLetter", "Delivery", "MemoryBroker"]
 class BrokerMessage:
     """A message that the broker keeps. ready_at: not delivered before, by the broker's clock.
 
-    redelivered: it may have been delivered before. redrive: how often it was moved back out of the dead letter.
+    redelivered: it may have been delivered before. redrive: how often it was moved back out of the dead letter; then
+    published_at is when it died.
     """
 
     body: Any
@@ -34,12 +35,13 @@ class BrokerMessage:
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A message that was given up, and why."""
+    """A message that was given up, and why, and when."""
 
     message: BrokerMessage
     reason: Reason
     error: str
     attempts: int
+    died_at: float
 
 
 class Delivery:
@@ -85,7 +87,7 @@ class Delivery:
         if broker.dead_letter_full:
             self.wait(1.0)
             return False
-        broker.dead.append(DeadLetter(self.message, reason, error, attempts))
+        broker.dead.append(DeadLetter(self.message, reason, error, attempts, broker.clock()))
         broker._forget(self, "dead_letter")
         return True
 
@@ -162,7 +164,12 @@ class MemoryBroker:
             message = letter.message
             self.queue.append(
                 BrokerMessage(
-                    message.body, message.inner_msg_id, now, now, redelivered=False, redrive=message.redrive + 1
+                    message.body,
+                    message.inner_msg_id,
+                    letter.died_at,
+                    now,
+                    redelivered=False,
+                    redrive=message.redrive + 1,
                 )
             )
         return len(dead)
