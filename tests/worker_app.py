@@ -11,8 +11,9 @@ import sqlalchemy as sa
 from kombu import Connection, Exchange, Queue
 from kombu.message import Message
 
-from idempotent_bus import Backoff, IdempotentConsumer, IdempotentWorker, Inbox, idempotent_consumer
+from idempotent_bus import Backoff, IdempotentWorker, Inbox, idempotent_consumer
 from idempotent_bus import transactional_consumer as transactional
+from idempotent_bus.session import Session
 
 VARIABLE = "IDEMPOTENT_BUS_TEST_WORKER"
 
@@ -59,7 +60,7 @@ def worker() -> IdempotentWorker:
 
 
 def _ack_early() -> None:
-    real = IdempotentConsumer._work
+    real = Session.work
 
     class Settled:
         def ack(self) -> None: ...
@@ -76,4 +77,4 @@ def _ack_early() -> None:
             made.settle = Settled()
         return made
 
-    IdempotentConsumer._work = work  # type: ignore[method-assign]
+    Session.work = work  # type: ignore[method-assign]

@@ -23,7 +23,7 @@ from kombu.message import Message
 
 import servers
 from consumer_rig import Broker, consume, poll
-from idempotent_bus import Backoff, IdempotentConsumer, current_execution, idempotent_consumer, open_store
+from idempotent_bus import Backoff, IdempotentConsumer, current_execution, idempotent_consumer, open_store, session
 from idempotent_bus.errors import StoreUnavailable
 from idempotent_bus.headers import INNER_MSG_ID
 from idempotent_bus.hooks import ACK, DEAD_LETTER, HANDLER, WAIT
@@ -150,13 +150,6 @@ class Run:
     at: float
 
 
-class QuickConsumer(IdempotentConsumer):
-    """Looks every tenth of a second whether it is to stop: on brokers that are polled it would look every second."""
-
-    def _gather(self, connection: Any, wait: float) -> None:
-        super()._gather(connection, min(wait, 0.1))
-
-
 class Worker:
     """One IdempotentConsumer in a thread of its own, with its own connections to broker and store."""
 
@@ -179,7 +172,8 @@ class Worker:
 
         self.handler: Any = handle
         handle.executor._failing._draw = lambda: 1.0  # type: ignore[attr-defined]  # no jitter: waits can be told
-        self.consumer = QuickConsumer(rig.broker.connect(), {rig.queue: handle}, prefetch=prefetch)
+        rig.patch.setattr(session, "_LONGEST_WAIT", 0.1)  # so that it stops soon on brokers that are polled
+        self.consumer = IdempotentConsumer(rig.broker.connect(), {rig.queue: handle}, prefetch=prefetch)
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def _open(self) -> Any:
@@ -205,6 +199,9 @@ class Worker:
 
     def ended(self, how: Ended) -> int:
         return self.consumer.endings[how]
+
+    def is_connected(self) -> bool:
+        return self.consumer._session is not None and self.consumer._session.channel is not None
 
     def ran(self, biz_id: str) -> list[Run]:
         return [run for run in self.runs if run.id == biz_id]

@@ -13,7 +13,7 @@ from typing import Any
 
 from lower_half_rig import Rig, Worker
 
-from idempotent_bus import Backoff, IdempotentProducer, Permanent, current_execution, settlement
+from idempotent_bus import Backoff, IdempotentProducer, Permanent, current_execution, pace, settlement
 from idempotent_bus.errors import InDoubt, PublishUnknown
 from idempotent_bus.headers import (
     DEAD_AT,
@@ -179,8 +179,8 @@ def a_wait_is_confirmed_before_the_ack(rig: Rig) -> None:
         if rig.broker.is_rabbitmq:
             rig.patch.setattr(IdempotentProducer, "forward", refuse_once(IdempotentProducer.forward))
         else:
-            rig.until(lambda: worker.consumer._channel is not None, "it is connected")
-            kind = type(worker.consumer._channel)
+            rig.until(worker.is_connected, "it is connected")
+            kind = type(worker.consumer._session.channel)  # type: ignore[union-attr]
             rig.patch.setattr(kind, "basic_delay", refuse_once(kind.basic_delay))
         rig.publish("a")
         rig.until(lambda: worker.ended(Ended.COMPLETED) == 1, "what could not be put off is not lost")
@@ -583,7 +583,7 @@ def a_reservation_is_given_back(rig: Rig) -> None:
 
     def business(body: Any) -> None:
         if slow.is_set():
-            first.consumer._stopping = True  # as `stop` does
+            first.consumer._stopping.requested = True  # as `stop` does
             time.sleep(0.05)
 
     with rig.worker(business, prefetch=30, max_attempts=1) as first:
@@ -594,10 +594,8 @@ def a_reservation_is_given_back(rig: Rig) -> None:
     ids = [str(number) for number in range(20)]
     for biz_id in ids:
         rig.publish(biz_id)
+    rig.patch.setattr(pace, "_FIRST_SECONDS_EACH", 1e-4)
     with rig.worker(business, prefetch=30, max_attempts=1) as first:
-        first.consumer._seconds_each = 1e-4
-        real = first.consumer._reset
-        rig.patch.setattr(first.consumer, "_reset", lambda: (real(), setattr(first.consumer, "_seconds_each", 1e-4)))
         rig.until(lambda: not first.thread.is_alive(), "it stops")
         started = {run.id for run in first.runs}
         assert 0 < len(started) < 20, f"some never started: {len(started)}"

@@ -274,10 +274,10 @@ def test_a_completion_after_a_reconnect_does_not_ack_on_the_new_connection(broke
         made = IdempotentConsumer(connection, {queue: handle})
         with running(made):
             assert poll(lambda: bool(executions))
-            first = made._home
+            session = made._session
             proxy.refuse()
             proxy.cut()
-            assert poll(lambda: made._home is not first)
+            assert poll(lambda: made._session is not session)
             executions[0].complete("done")
             proxy.accept_again()
             assert poll(lambda: made.endings[Ended.REPLAYED] == 1, timeout=20), made.endings

@@ -25,6 +25,7 @@ from idempotent_bus import (
 )
 from idempotent_bus.errors import StoreUnavailable
 from idempotent_bus.headers import DEAD_REASON, ORIGIN_QUEUE
+from idempotent_bus.session import Session
 from idempotent_bus.stores.memory import MemoryStore
 from proxy import Proxy, through
 
@@ -313,7 +314,7 @@ def test_a_cut_connection_is_ridden_out(name: str, unique: str, tmp_path: Any) -
 
 
 @on("rabbitmq-classic", "ours-sqlite", "memory")
-def test_an_outage_does_not_count_as_idle(broker: Broker) -> None:
+def test_an_outage_does_not_count_as_idle(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an outage that was longer than the idle time the consumer looks before it goes."""
     queue, ran = broker.queue(), []
     cut = [True]
@@ -324,7 +325,7 @@ def test_an_outage_does_not_count_as_idle(broker: Broker) -> None:
 
     fill(broker, queue, ["a"])
     made = consumer(broker, {queue: handle})
-    real = made._loop
+    real = Session._loop
 
     def loop(*args: Any) -> None:
         if cut[0]:
@@ -333,7 +334,7 @@ def test_an_outage_does_not_count_as_idle(broker: Broker) -> None:
             raise ConnectionResetError("an outage")
         real(*args)
 
-    made._loop = loop  # type: ignore[method-assign]
+    monkeypatch.setattr(Session, "_loop", loop)
     made.run(idle_timeout=0.5)
     assert ran == ["a"]
 

@@ -27,6 +27,7 @@ from consumer_rig import OURS, Broker, broker_of, drain, on
 from hostile import LARGE, SCOPES, Raw, canonical, expected
 from idempotent_bus import Ended, IdempotentConsumer, IdempotentHandler, admission, frames, idempotent_consumer
 from idempotent_bus import consumer as consumer_module
+from idempotent_bus import session as session_module
 from idempotent_bus.events import Event, EventKind
 from idempotent_bus.model import State
 from idempotent_bus.policy import DAY
@@ -227,7 +228,7 @@ def test_a_bomb_is_not_inflated(field: Field, limited: bool, monkeypatch: pytest
 
     monkeypatch.setattr(kombu.message, "decompress", decompress)
     if not limited:
-        monkeypatch.setattr(consumer_module, "limit_inflation", lambda channel, limit: None)
+        monkeypatch.setattr(session_module, "limit_inflation", lambda channel, limit: None)
     good = b'{"id": "good"}'
     zeros = bytes(64 * LARGE)
     bombs = {"gzip": zlib.compress(zeros), "bzip2": bz2.compress(zeros), "lzma": lzma.compress(zeros)}
