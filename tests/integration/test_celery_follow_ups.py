@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from celery import chain, chord
+from celery.exceptions import ChordError
 from celery_rig import Place, on, place, site, until
 from kombu.exceptions import OperationalError
 
@@ -147,3 +148,35 @@ def test_a_follow_up_that_cannot_be_sent_is_sent_later(
         here.stays("told", f"{unique}-chain", seconds=0.5)
         assert call.parent.get(timeout=10, disable_sync_subtasks=False) == 3
     here.stays("add", f"{unique}-c", seconds=0)
+
+
+def test_a_chord_whose_body_cannot_be_sent_fails_for_all_to_see(
+    here: Place, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I1: Celery's Redis backend sends a chord's body itself, and answers for it: beyond the retries of the publish the
+    chord is failed, with a ChordError and its errback, and nothing sends its body later. Called again it is only the
+    body that runs: the parts give what they gave."""
+    publish, away = here.app.amqp.Producer.publish, [True]
+
+    def fail(self: Any, *arguments: Any, **options: Any) -> Any:
+        if options["headers"]["task"].endswith(".total") and away:
+            raise OperationalError("away")
+        return publish(self, *arguments, **options)
+
+    monkeypatch.setattr(here.app.amqp.Producer, "publish", fail)
+    t, pids = here.t, [f"{unique}-1", f"{unique}-2"]
+
+    def call() -> Any:
+        body = t.total.s(pid=f"{unique}-t").on_error(t.told.si(pid=f"{unique}-error"))
+        return chord([t.add.si(pid, 1, 2) for pid in pids], body).apply_async()
+
+    with in_thread(here):
+        with pytest.raises(ChordError, match="could not be sent"):
+            call().get(timeout=30, disable_sync_subtasks=False)
+        here.stays("told", f"{unique}-error")
+        away.clear()
+        here.stays("total", f"{unique}-t", 0, seconds=1)
+        assert call().get(timeout=30, disable_sync_subtasks=False) == 6
+    here.stays("total", f"{unique}-t", seconds=0)
+    for pid in pids:
+        here.stays("add", pid, seconds=0)

@@ -3,6 +3,11 @@
 From Celery 5.7 on, whoever counts the last part on the Redis backend first claims the right to send the body, for some
 seconds. If it is killed before it has sent it and its message is back within that time, the next one finds the claim,
 sends nothing, and is acked: the chord stands still for ever.
+
+A body that cannot be sent is another matter. The result backend sends it, with `task_publish_retry_policy`,
+and answers for it: beyond them it fails the chord, whose body's result is then a ChordError and whose errbacks are
+called, and forgets what it had collected, so a later delivery could not send it. What else follows from a guarded task,
+by a chain or a link, waits for the broker instead. Call the chord again: its parts give their stored results.
 """
 
 from __future__ import annotations
