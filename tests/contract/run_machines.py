@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import logging
 import os
 import platform
+import sqlite3
 import sys
 import tempfile
 import time
@@ -28,6 +30,8 @@ os.environ["IDEMPOTENT_BUS_LONG"] = "1"  # other examples each time
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import redis
+import sqlalchemy
 import stores
 import test_state_machine as store_machine
 import test_transport_machine as transport_machine
@@ -35,6 +39,7 @@ import transports
 from hypothesis import Phase
 from kombu import Connection
 
+import servers
 from idempotent_bus.testing.transport_contract import TransportSubject
 
 REPORT = Path(__file__).parent / "reports" / "machines.md"
@@ -47,6 +52,17 @@ def outlast(seconds: float) -> None:
     time.sleep(seconds + 0.004)
 
 
+def without_bound(connect: Callable[[], Connection]) -> Callable[[], Connection]:
+    """In a hundred steps a message is given back more often than a transport puts up with; the model knows no bound."""
+
+    def opened() -> Connection:
+        connection = connect()
+        connection.transport_options["max_deliveries"] = 1_000_000
+        return connection
+
+    return opened
+
+
 def places(directory: Path) -> Iterator[tuple[str, Any, Callable[..., None]]]:
     """Each store and each transport, opened, with what plays stories to it."""
     for name, place in stores.STORES.items():
@@ -57,6 +73,7 @@ def places(directory: Path) -> Iterator[tuple[str, Any, Callable[..., None]]]:
             subject.close()
     for name, transport in transports.TRANSPORTS.items():
         with transport(directory) as subject:
+            subject.connect = without_bound(subject.connect)
             yield f"{name} transport", subject, transport_machine.agree
 
 
@@ -98,6 +115,24 @@ def controls() -> list[tuple[str, bool]]:
     return found
 
 
+def versions() -> str:
+    """Of the servers and of the libraries on the way to them."""
+    names = ("hypothesis", "kombu", "redis", "SQLAlchemy", "psycopg", "PyMySQL")
+    found = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    found.append(f"SQLite {sqlite3.sqlite_version}")
+    for name, url, ask in (
+        ("PostgreSQL", servers.POSTGRESQL, "SHOW server_version"),
+        ("MariaDB", servers.MARIADB, "SELECT VERSION()"),
+    ):
+        engine = sqlalchemy.create_engine(url)
+        with engine.connect() as connection:
+            found.append(f"{name} {str(connection.exec_driver_sql(ask).scalar()).split()[0]}")
+        engine.dispose()
+    with redis.Redis.from_url(servers.REDIS) as client:
+        found.append(f"Redis {client.info('server')['redis_version']}")
+    return ", ".join(found)
+
+
 def write(report: Path, lines: list[str]) -> None:
     report.parent.mkdir(exist_ok=True)
     report.write_text("\n".join(lines) + "\n")
@@ -118,7 +153,9 @@ def main() -> int:
         "# The state machines, long form",
         "",
         f"{time.strftime('%Y-%m-%d')}, {platform.system()}, Python {platform.python_version()}. Made by "
-        "`python tests/contract/run_machines.py`.",
+        f"`{' '.join(['python tests/contract/run_machines.py', *sys.argv[1:]])}`.",
+        "",
+        f"{versions()}.",
         "",
         "| store or transport | examples | steps in each, at most | seconds | found |",
         "|---|---|---|---|---|",
