@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fakeredis import FakeRedis
-from redis import BlockingConnectionPool, Redis
+from redis import BlockingConnectionPool, ConnectionPool, Redis
 from redis.sentinel import Sentinel
 from redis_transport_rig import PrivateServer, one_server, server, until
 from test_redis_transport_schemes import Sentinels, secure, sentinels
@@ -128,3 +128,25 @@ def test_odd_clients(server: PrivateServer) -> None:
     for number, client in enumerate((Redis(port=port, single_connection_client=True), Redis(port=port, protocol=2))):
         work(RedisStore(client, prefix=f"odd{number}:"), range(20))
     work(RedisStore(FakeRedis()), range(20))
+
+
+def test_streams_of_threads_that_are_over_give_their_connections_back(server: PrivateServer) -> None:
+    """Each thread that handles windows has a stream, which nobody closes when the thread ends: fifty threads, one after
+    the other, take no more connections than one; what a thread had sent last arrives all the same."""
+    port = server.client.connection_pool.connection_kwargs["port"]
+    store = RedisStore(Redis(connection_pool=ConnectionPool(port=port, max_connections=3)))
+    local = threading.local()
+
+    def handle(number: int) -> None:
+        local.stream = store.stream()
+        request = ask(number)
+        claimed = store.claim(request)
+        assert isinstance(claimed, Claimed)
+        local.stream.begin(Completion(Hold(request.key, claimed.token, request.nonce), None, 600.0))
+
+    for number in range(50):
+        thread = threading.Thread(target=handle, args=(number,))
+        thread.start()
+        thread.join()
+        until(lambda number=number: seen(store, range(number, number + 1)))
+    assert seen(store, range(50))

@@ -90,6 +90,11 @@ class RedisStream:
                 self._under_way.clear()
             self._pool.release(connection)
 
+    def __del__(self) -> None:
+        """Its thread is over, or its executor gone: the connection is the pool's again. What was sent arrives."""
+        with suppress(Exception):
+            self.close()
+
     def _readable(self, timeout: float) -> bool:
         try:
             return bool(self._connection.can_read(timeout=timeout))
