@@ -130,6 +130,6 @@ def _in_the_bus_since(message: Message, redrive: int) -> float | None:
     """When the message was published, or died if it was redriven since; see `Work.published_at`."""
     published = published_at_of(message.headers.get(INNER_MSG_ID_HEADER), message.properties.get("timestamp"))
     died = published_at_of(None, message.headers.get(DEAD_AT)) if redrive else None  # a header can say anything
-    if published is not None and died is not None:
-        return max(published, died)
-    return published
+    if published is None or died is None:
+        return died if published is None else published
+    return max(published, died)

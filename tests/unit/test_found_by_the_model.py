@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
+from idempotent_bus import admission
+from idempotent_bus.celery import guard as celery_guard
 from idempotent_bus.errors import StoreUnavailable
 from idempotent_bus.execution import current_execution
 from idempotent_bus.executor import Executor
+from idempotent_bus.headers import DEAD_AT
 from idempotent_bus.hooks import CLAIM, DEAD_LETTER, HANDLER
 from idempotent_bus.inbox.base import Inbox
 from idempotent_bus.inbox.running import Transactions
@@ -180,3 +184,25 @@ def test_what_has_begun_before_is_run_however_old_it_is(on_abandoned: Any) -> No
     world.clock.advance(POLICY.lease + 1)
     world.worker().handle(world.work("old", redelivered=True, age=2000.0))
     assert world.log == ["old: attempt 2", "old: acked"]
+
+
+@pytest.mark.parametrize(
+    ("published", "died", "redriven", "since"),
+    [
+        (100, None, 0, 100.0),
+        (100, 900, 1, 900.0),
+        (100, 900, 0, 100.0),  # a header that says so is not believed of what was never redriven
+        (None, 900, 1, 900.0),
+        (100, None, 1, 100.0),
+        (None, None, 1, None),
+        (100, "soon", 1, 100.0),
+    ],
+)
+def test_a_redriven_message_is_as_old_as_its_death(published: Any, died: Any, redriven: int, since: Any) -> None:
+    """I11: its record is remembered from then on, whenever it is redriven; for kombu's messages and for Celery's."""
+    headers = {} if died is None else {DEAD_AT: died}
+    properties = {} if published is None else {"timestamp": published}
+    message: Any = SimpleNamespace(headers=headers, properties=properties)
+    assert admission._in_the_bus_since(message, redriven) == since
+    request = SimpleNamespace(eta=None, **headers)
+    assert celery_guard._in_the_bus_since(request, properties, redriven) == since

@@ -255,12 +255,10 @@ class Guard:
 def _in_the_bus_since(request: Any, properties: Mapping[str, Any], number: int) -> float | None:
     """When the message was published, or was due, or died if it was redriven since; None if that is not known."""
     published = published_at_of(getattr(request, INNER_MSG_ID_HEADER, None), properties.get("timestamp"))
-    if published is None:
-        return None
-    known = [published]
     died = published_at_of(None, getattr(request, DEAD_AT, None)) if number else None
-    if died is not None:
-        known.append(died)
+    known = [when for when in (published, died) if when is not None]
+    if not known:
+        return None
     if isinstance(request.eta, str):
         with contextlib.suppress(ValueError):
             known.append(datetime.datetime.fromisoformat(request.eta.replace("Z", "+00:00")).timestamp())

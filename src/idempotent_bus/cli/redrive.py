@@ -35,6 +35,8 @@ def redrive(
 
     A scope means its dead letter, SCOPE.dead. What was completed meanwhile does nothing when it is redriven; with
     --store it is left, and said so. Messages in quarantine are left until they are resolved (idempotent-bus resolve).
+    What lay there for longer than its consumer's retention may have been done and forgotten: it comes back as "too
+    old". Look whether it was done; redriven once more, it runs.
     """
     from ..errors import ConfigurationError, IdempotentBusError
     from ..redrive import dead_letter_of
