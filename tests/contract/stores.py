@@ -83,7 +83,7 @@ def sql(url: Callable[[], str], down: str) -> Place:
 
 
 def drop_tables(url: str, prefix: str) -> None:
-    """Drop every table (and with it its indexes) whose name begins with `prefix`."""
+    """Drop every table (and with it its indexes) and every sequence whose name begins with `prefix`."""
     import sqlalchemy
 
     engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
@@ -91,6 +91,10 @@ def drop_tables(url: str, prefix: str) -> None:
         for name in sqlalchemy.inspect(engine).get_table_names():
             if name.startswith(prefix):
                 connection.exec_driver_sql(f"DROP TABLE {name}")
+        if engine.dialect.supports_sequences:
+            for name in sqlalchemy.inspect(engine).get_sequence_names():
+                if name.startswith(prefix):
+                    connection.exec_driver_sql(f"DROP SEQUENCE {name}")
     engine.dispose()
 
 
