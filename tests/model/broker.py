@@ -34,9 +34,9 @@ from typing import Any, Final
 from . import words as w
 from .explore import Step, Violation
 
-__all__ = ["Bounds", "Entry", "Lower", "Record", "State", "Worker", "off"]
+__all__ = ["AGE_BY_REDRIVE", "Bounds", "Entry", "Lower", "Record", "State", "Worker", "off"]
 
-#: (phase, message, redelivered, redriven, hold, attempt, flags)
+#: (phase, message, redelivered, redriven, hold, attempt, flags); redriven: 2 if it died when the messages were old
 Entry = tuple[int, int, int, int, int, int, int]
 Record = tuple[int, int, int, int, int, int, int]
 #: The deliveries in their order, and a remembered nonce for each key.
@@ -49,6 +49,10 @@ _NOTHING: Final[Record] = (w.ABSENT, 0, 0, 0, 0, 0, 0)
 _DELIVERY_LIMIT: Final = 3
 
 
+#: The mutant of a redrive that says when it was, instead of when the message died.
+AGE_BY_REDRIVE: Final = "redriven later than it is remembered"
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """A configuration, within named bounds.
@@ -58,7 +62,6 @@ class Bounds:
     extras: how often further copies land in the queue (no edge, or its window is over), each time by a fault.
     redrives: how often the operator moves a dead letter back.
     ages: the messages grow older than the retention, and records are forgotten.
-    kept_for_redrive: no record is forgotten while a dead letter of its message is there (I11).
     mutant: the protocol's broken variant, "" for none. reduced: see the module.
     """
 
@@ -72,7 +75,6 @@ class Bounds:
     extras: int = 0
     redrives: int = 0
     ages: bool = False
-    kept_for_redrive: bool = True
     raises: tuple[str, ...] = ("again", "in doubt", "for good")
     mutant: str = ""
     reduced: bool = True
@@ -307,7 +309,7 @@ class Lower:
         count = (red >> 1) + 1  # the mutant's deliveries carry it
         bag = state[1]
         if count < _DELIVERY_LIMIT:
-            copy = w.REDELIVERED | (rdv and w.REDRIVEN) | (m and w.SECOND) | w.COUNTED * count
+            copy = w.REDELIVERED | _moved(rdv) | (m and w.SECOND) | w.COUNTED * count
             bag = tuple(sorted((*bag, copy)))
         elif not state[4][0] >> m & 1 and not self._elsewhere(state, number, at, m):
             return Violation("I1", f"the broker destroys message {m + 1}: it was requeued once more than its limit")
@@ -347,7 +349,7 @@ class Lower:
         if entry[6] & w.DETACHED:
             yield "let go", False, self._put(state, number, at, self._after_settling(entry))
             return
-        copy = w.REDELIVERED | (rdv and w.REDRIVEN) | (m and w.SECOND)
+        copy = w.REDELIVERED | _moved(rdv) | (m and w.SECOND)
         put = (state[0], tuple(sorted((*state[1], copy))), *state[2:])
         if mutant == "requeues":
             yield "requeue", False, self._requeued(state, number, at, entry)
@@ -375,7 +377,7 @@ class Lower:
         if self._mutant == "acks before the dead letter":
             yield "ack", False, self._acked(state, number, at, entry, None)
             return
-        copy = w.DEAD | (rdv and w.REDRIVEN) | (m and w.SECOND)
+        copy = w.DEAD | (rdv and w.REDRIVEN) | (m and w.SECOND) | (state[4][3] and w.RECENT)
         put = (state[0], tuple(sorted((*state[1], copy))), *state[2:])
         yield "bury", False, self._acked(put, number, at, entry, self._after_settling(entry))
         yield "bury: killed before the ack", True, self._crashed(put, number)
@@ -402,10 +404,12 @@ class Lower:
             if not copy & w.DEAD or recs[self._keys[copy & w.SECOND and 1]][0] == w.QUARANTINED:
                 continue
             rec = recs[self._keys[copy & w.SECOND and 1]]
-            if old and rec[5] and rec[0] != w.COMPLETED and self._mutant != "redrives unseen":
-                continue  # who redrives what may have been forgotten has looked whether it was done
+            if copy & w.RECENT and rec[5] and rec[0] != w.COMPLETED and self._mutant != "redrives unseen":
+                continue  # who redrives what came back as too old has looked whether it was done
             who = f"message {(copy & w.SECOND and 1) + 1}"
-            moved = (copy & w.SECOND) | w.REDRIVEN | w.REDELIVERED
+            moved = (copy & (w.SECOND | w.RECENT)) | w.REDRIVEN | w.REDELIVERED
+            if old and self._mutant == AGE_BY_REDRIVE:
+                moved |= w.RECENT
             rest = list(bag)
             rest.remove(copy)
             if self._mutant == "redrive refused as a duplicate":
@@ -423,15 +427,14 @@ class Lower:
     def _is_kept(self, state: State, key: int) -> bool:
         """True if the record cannot be forgotten yet, since retention is longer than what may still come (I11).
 
-        While a dead letter may be redriven; while a copy that was is under way, which by then is old as well; and in
-        the moment between two questions of a worker: it does not rest for a whole retention there.
+        While a copy is there that died when the messages were old already, in the dead letter or out of it again; and
+        in the moment between two questions of a worker: it does not rest for a whole retention there.
         """
         asking = (w.CLAIM_LOST, w.GIVE_BACK)
-        never = w.REDRIVEN | (w.DEAD if self.bounds.kept_for_redrive else 0)
-        if any(copy & never and self._keys[copy & w.SECOND and 1] == key for copy in state[1]):
+        if any(copy & w.RECENT and self._keys[copy & w.SECOND and 1] == key for copy in state[1]):
             return True
         return any(
-            self._keys[e[1]] == key and (e[3] or e[6] & w.BEGUN or e[0] in asking)
+            self._keys[e[1]] == key and (e[3] > 1 or e[6] & w.BEGUN or e[0] in asking)
             for x in (state[2], state[3])
             for e in x[0]
         )
@@ -474,11 +477,17 @@ class Lower:
 
 def _delivered(copy: int) -> Entry:
     red = (copy & w.REDELIVERED) | (copy // w.COUNTED << 1)
-    return w.FETCHED, (copy & w.SECOND) and 1, red, (copy & w.REDRIVEN) and 1, w.NO_HOLD, 0, 0
+    redriven = (copy & w.REDRIVEN and 1) + (copy & w.RECENT and 1)
+    return w.FETCHED, (copy & w.SECOND) and 1, red, redriven, w.NO_HOLD, 0, 0
+
+
+def _moved(redriven: int) -> int:
+    """The bits of a copy: 0, or 1 if it was redriven, or 2 if it died when the messages were old already."""
+    return (0, w.REDRIVEN, w.REDRIVEN | w.RECENT)[redriven]
 
 
 def _returned(entry: Entry) -> int:
-    return w.REDELIVERED | (entry[3] and w.REDRIVEN) | (entry[1] and w.SECOND) | w.COUNTED * (entry[2] >> 1)
+    return w.REDELIVERED | _moved(entry[3]) | (entry[1] and w.SECOND) | w.COUNTED * (entry[2] >> 1)
 
 
 def off(entry: Entry) -> Entry:

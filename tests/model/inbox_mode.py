@@ -107,10 +107,11 @@ class InboxMode(Lower):
             return
         key = self._keys[entry[1]]
         st, att, rdv, fp, lock, *counts = state[0][key]
-        old = state[4][3] and not entry[3]
+        old = state[4][3] and entry[3] < 2
         if old and not entry[6] & w.BEGUN and self._mutant != AGE_BY_ATTEMPT and st != w.COMPLETED and lock == _FREE:
             # What may have been done and forgotten is not counted before its record was looked at.
-            after = (w.BURY, *entry[1:]) if not att else (*entry[:6], entry[6] | w.BEGUN)
+            unknown = not att or entry[3] > rdv
+            after = (w.BURY, *entry[1:]) if unknown else (*entry[:6], entry[6] | w.BEGUN)
             yield "look", False, self._put(state, number, at, after)
             return
         if lock != _FREE:
@@ -197,7 +198,7 @@ class InboxMode(Lower):
         return w.ACK, *entry[1:4], 0, 0, entry[6] & w.DETACHED
 
     def _refusal(self, state: State, attempt: int, entry: Entry) -> Entry | None:
-        old = state[4][3] and not entry[3] and attempt == 1
+        old = state[4][3] and entry[3] < 2 and attempt == 1
         if attempt > self.bounds.most or old:
             return w.BURY, *entry[1:4], 0, attempt - 1, entry[6] & w.DETACHED
         return None
@@ -294,7 +295,8 @@ class InboxMode(Lower):
         st, att, rdv, fp, lock, effects, outgoing, starts = state[0][key]
         recs = state[0]
         if st != w.COMPLETED and lock == _FREE:
-            att = max(att + 1, entry[5])
+            att = entry[5] if entry[3] > rdv else max(att + 1, entry[5])
+            rdv = max(rdv, entry[3])
             recs = self._with(state, key, (w.RELEASED, att, rdv, fp, lock, effects, outgoing, max(starts, att)))
         after: Entry | None = None
         if entry[6] & w.KEPT:

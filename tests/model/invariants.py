@@ -19,8 +19,8 @@ COVERED: Final[dict[str, str]] = {
     "same. In the inbox there is no clock at all",
     "I8": "at each answer `completed`: it is of the same body; another body is a conflict",
     "I9": "a claim or completion without an answer leads to neither a handler nor an ack",
-    "I11": "records are forgotten once their messages are older than the retention, and I2 holds; that no dead "
-    "letter is redriven later, unseen, is assumed, and a mutant shows why",
+    "I11": "records are forgotten once their messages are older than the retention, and I2 holds; that nobody redrives "
+    "what came back as too old without a look at whether it was done is assumed, and a mutant shows why",
     "I12": "at each start: no more than max + 1 for each copy that is a first delivery, and no more attempts are "
     "counted than began (or were cut short by a fault); at each giving up: they did begin; a redrive starts them "
     "afresh",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .broker import Bounds
+from .broker import AGE_BY_REDRIVE, Bounds
 from .explore import Explored, Model, explore
 from .inbox_mode import InboxMode
 from .outbox_mode import OutboxMode
@@ -107,12 +107,21 @@ MUTANTS: Final = (
     ),
     _store(
         "redrives unseen",
-        "a dead letter is redriven later than its record is kept, and nobody looks whether it was done",
+        "a dead letter that is too old is redriven, and nobody looks whether it was done",
         "I11",
         seen="I2",
         ages=True,
         redrives=1,
-        kept_for_redrive=False,
+        **_ONE,
+    ),
+    _store(
+        AGE_BY_REDRIVE,
+        "a redrive starts a message's age afresh: a dead copy of what was done and forgotten runs again",
+        "I11",
+        seen="I2",
+        found=True,
+        ages=True,
+        redrives=1,
         **_ONE,
     ),
     _store(

@@ -22,8 +22,9 @@ _FOUND: Final = """\
   place of the first, which was then acked unrun (I8, I1). Mended; `tests/unit/test_found_by_the_model.py`.
 * A worker that died over a message older than the retention left a counted attempt, and the next one ran the message
   although its record may have been forgotten, in both modes (I11, I2). Mended; the same tests.
-* A dead letter that is redriven later than its record is kept, and whose message was completed by another copy, runs
-  again (I11). Not mended: the retention must exceed the longest redrive, or a person looks first.
+* A dead letter that was redriven later than its record is kept, and whose message was completed by another copy, ran
+  again (I11). Mended: its age is counted from its death, so it comes back as too old, and a person looks before the
+  next redrive; `tests/integration/test_redrive.py`.
 * In the inbox two deliveries that come back at once may both be charged an attempt, of which one only hears that the
   record is busy (I12). Not mended; excused in the model.
 """
@@ -79,7 +80,7 @@ def report(explored: Sequence[Explored], mutants: Sequence[Explored], seconds: f
     lines += ["", "## What went wrong", "", *(f"* {text}" for text in wrong)] if wrong else []
     lines += [
         "",
-        *_FOUND,
+        *_FOUND.splitlines(),
         "",
         "## Invariants",
         "",

@@ -169,7 +169,7 @@ class StoreMode(Lower):
         mem = state[2 + number][1]
         noted = mem[key]
         # What may have been done and forgotten is no attempt before its record was looked at.
-        reserve = bool(state[4][3] and not entry[3] and not entry[6] & w.BEGUN and self._mutant != AGE_BY_ATTEMPT)
+        reserve = bool(state[4][3] and entry[3] < 2 and not entry[6] & w.BEGUN and self._mutant != AGE_BY_ATTEMPT)
         if noted and (self._is_of(noted, entry[1]) or self._mutant == NONCE_BY_KEY):
             remembered, reserve = noted >> 1 & 3, bool(noted & 1)
             left = (*mem[:key], 0, *mem[key + 1 :])
@@ -238,7 +238,7 @@ class StoreMode(Lower):
         _, m, red, rdv, hold, attempt, flags = entry
         flags &= w.DETACHED
         b, key = self.bounds, self._keys[m]
-        old = state[4][3] and not rdv
+        old = state[4][3] and rdv < 2
         if taken_over and b.policy != "rerun":
             phase = w.PROBE if b.policy == "probe" else w.QUARANTINE
             return self._put(state, number, at, (phase, m, red, rdv, hold, attempt, flags))

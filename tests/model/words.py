@@ -17,8 +17,11 @@ REDRIVEN: Final = 2
 SECOND: Final = 4
 #: It is in the dead letter.
 DEAD: Final = 8
+#: It died, or came out of the dead letter where it had died, when the messages were old already: its death is no older
+#: than the retention.
+RECENT: Final = 16
 #: Requeues, counted by the broker: used by the mutant that requeues.
-COUNTED: Final = 16
+COUNTED: Final = 32
 
 # --- a record: (state, attempts, redrive, fingerprint, taken over, effect, starts) ----------------------------------
 
