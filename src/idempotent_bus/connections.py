@@ -22,7 +22,15 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from .dialects import Statement, compiled
 from .errors import ConfigurationError
 
-__all__ = ["Link", "commits_by_itself", "is_duplicate", "link_to", "link_to_driver"]
+__all__ = [
+    "Link",
+    "commits_by_itself",
+    "driver_errors",
+    "is_duplicate",
+    "link_to",
+    "link_to_driver",
+    "read_committed",
+]
 
 _DIALECTS: Final[dict[str, Any]] = {
     "postgresql": postgresql.dialect,
@@ -150,6 +158,33 @@ def _run_below(
             connection.invalidate(error)
         raise sa.exc.DBAPIError.instance(
             text, None, error, kind, hide_parameters=True, connection_invalidated=gone, dialect=dialect
+        ) from error
+
+
+def read_committed(connection: sa.Connection) -> sa.Connection:
+    """The connection at READ COMMITTED, where it has levels. Raises SQLAlchemy's errors, and has closed it then."""
+    if connection.dialect.name == "sqlite":
+        return connection
+    try:
+        with driver_errors(connection.dialect):
+            return connection.execution_options(isolation_level="READ COMMITTED")
+    except BaseException as error:
+        if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
+            connection.invalidate(error)
+        connection.close()
+        raise
+
+
+@contextlib.contextmanager
+def driver_errors(dialect: sa.Dialect) -> Iterator[None]:
+    """Turn the driver's errors into SQLAlchemy's where that does not: as it sets a level, on MariaDB and MySQL."""
+    kind = dialect.loaded_dbapi.Error
+    try:
+        yield
+    except kind as error:
+        gone = dialect.is_disconnect(error, None, None)
+        raise sa.exc.DBAPIError.instance(
+            "the isolation level", None, error, kind, hide_parameters=True, connection_invalidated=gone, dialect=dialect
         ) from error
 
 

@@ -23,6 +23,7 @@ from kombu import Connection
 from typing_extensions import Self
 
 from . import schema
+from .connections import read_committed
 from .errors import ConfigurationError
 from .hooks import CONFIRM, MARK, READ, Step, direct
 from .producer import IdempotentProducer, ResendPolicy
@@ -423,10 +424,8 @@ class Relay:
             with self._engine.connect() as connection:
                 schema.check_engines(connection, self._tables)
         connection = self._engine.connect()
-        if connection.dialect.name != "sqlite":
-            # Others than this lock the gaps in which rows are being added, or refuse what was changed meanwhile.
-            connection = connection.execution_options(isolation_level="READ COMMITTED")
-        self._connection = connection
+        # Others than this lock the gaps in which rows are being added, or refuse what was changed meanwhile.
+        self._connection = connection = read_committed(connection)
         if self._rows is None:
             self._rows = Rows(self._tables, connection.dialect)
             self._claimer = Claimer(self._rows, clock=self._clock)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from .. import schema
-from ..connections import Link, link_to
+from ..connections import Link, driver_errors, link_to, read_committed
 from ..errors import ConfigurationError, FingerprintConflict
 from ..identity import canonical_biz_id, check_scope, check_tenant, record_key
 from ..identity import fingerprint as digest_of
@@ -159,9 +159,13 @@ class Inbox:
         ConfigurationError if the engine commits each statement by itself.
         """
         connection = self._connect()
-        if apart and connection.dialect.name != "sqlite":
-            connection = connection.execution_options(isolation_level="READ COMMITTED")
-        return opened(connection, self.records, None if apart else self._make_session)
+        return self._apart(connection) if apart else opened(connection, self.records, self._make_session)
+
+    @contextlib.contextmanager
+    def _apart(self, connection: sa.Connection) -> Iterator[Opened]:
+        # When it is closed, the level is taken back, and that may fail too.
+        with driver_errors(connection.dialect), opened(read_committed(connection), self.records) as made:
+            yield made
 
     def _connect(self) -> sa.Connection:
         engine = self.engine
