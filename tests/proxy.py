@@ -111,6 +111,10 @@ class Proxy:
         self.port = listener.getsockname()[1]
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
+    def forward_to(self, host: str, port: int) -> None:
+        """New connections go to another server, as after a failover. Those that are open stay where they are."""
+        self._server = (host, port)
+
     # --- life -----------------------------------------------------------------------------------------
 
     def close(self) -> None:
