@@ -1,11 +1,14 @@
-"""Does a store get slower as it fills? claim + complete on fresh keys, beside few and beside many old records.
+"""Does a store get slower as it fills? claim + complete on fresh keys, beside few and beside many old records:
+one by one, and as a window does it (100 claims in one round trip, completions streamed where the store can).
 
     python tests/benchmarks/bench_store_growth.py --stores sqlite,redis --sizes 10000,1000000
 
 Stores: sqlite (as opened by default), sqlite-normal (?synchronous=NORMAL), redis (a server of its own), postgresql,
-mariadb. The old records are written in bulk in the store's own layout; what is measured are the public verbs. Small
-and large stores take turns, round by round, so that a busy machine slows both. Prints a table and writes
-`reports/store_growth.md`. Exit code 1 if the largest store costs more than `--bound` times the smallest.
+mariadb. The old records are written in bulk in the store's own layout (on PostgreSQL each is inserted and then updated,
+as a claim and its completion do, since that is what decides its size); what is measured are the public verbs. Small and
+large stores take turns, round by round, so that a busy machine slows both. Prints a table and writes
+`reports/store_growth.md`. Exit code 1 if the largest store costs more than `--bound` times the smallest, one by one or
+in windows.
 """
 
 from __future__ import annotations
@@ -32,12 +35,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import servers
-from idempotent_bus.model import Claimed, ClaimRequest, Hold, State
+from idempotent_bus.model import Claimed, ClaimRequest, Completion, Hold, State
 from idempotent_bus.stores import open_store
 
 REPORT = Path(__file__).parent / "reports" / "store_growth.md"
 DAY = 86400.0
 BLOCK = 5000
+WINDOW = 100
+#: Completions of a window that may be under way, as in the executor's.
+UNDER_WAY = 50
 
 
 @dataclass
@@ -59,6 +65,23 @@ def pair(store: Any) -> None:
     claimed = store.claim(request)
     assert isinstance(claimed, Claimed)
     assert store.complete(Hold(request.key, claimed.token, request.nonce), result=None, retention=DAY)
+
+
+def window(store: Any, stream: Any) -> None:
+    """The same for a window: claims in one round trip, each completion sent at once, the acks' answers awaited."""
+    requests = [ask() for _ in range(WINDOW)]
+    settled = []
+    for request, claimed in zip(requests, store.claim_many(requests), strict=True):
+        assert isinstance(claimed, Claimed)
+        hold = Hold(request.key, claimed.token, request.nonce)
+        if not stream.survives:  # the consumer does not trust it either
+            assert store.complete(hold, result=None, retention=DAY)
+            continue
+        if stream.pending >= UNDER_WAY:
+            settled += stream.settle()
+        stream.begin(Completion(hold, None, DAY))
+    settled += stream.settle()
+    assert all(one.durable for one in settled)
 
 
 def progress(text: str) -> None:
@@ -112,6 +135,46 @@ def fill_sql(store: Any, count: int, what: str) -> None:
                 connection.execute(table.insert(), rows)
 
 
+#: In blocks of a window's size: inserted as claimed, committed, updated as completed, committed.
+_FILL_POSTGRESQL = """
+DO $$
+DECLARE
+  done bigint := 0; keys uuid[];
+  now_us bigint := extract(epoch FROM clock_timestamp()) * 1000000;
+BEGIN
+  WHILE done < {count} LOOP
+    WITH fresh AS (
+      INSERT INTO {records}
+        (record_key, nonce, token, state, flags, attempts, redrive, lease_ends, kept_until, purge_after, fingerprint)
+      SELECT gen_random_uuid(), gen_random_uuid(), n, 2, 0, 1, 0, now_us + n + 60000000, now_us + n + 60000000 + {kept},
+             now_us + n + {kept}, substring(uuid_send(gen_random_uuid()) FROM 1 FOR 8)
+      FROM generate_series(done + 1, least(done + {window}, {count})) AS n
+      RETURNING record_key)
+    SELECT array_agg(record_key) INTO keys FROM fresh;
+    COMMIT;
+    UPDATE {records} SET state = 3, kept_until = purge_after WHERE record_key = ANY (keys);
+    COMMIT;
+    done := done + {window};
+  END LOOP;
+END $$
+"""
+
+
+def fill_postgresql(store: Any, count: int, what: str) -> None:
+    """The same on PostgreSQL, by the server itself."""
+    from idempotent_bus import schema
+
+    pair(store)
+    progress(f"{what}: {count:,} records")
+    name = schema.records(store._tables).name
+    with store._engine.connect() as connection:
+        # Nothing here need survive a crash; and a new table looks small enough to be read from end to end.
+        connection.exec_driver_sql("SET synchronous_commit = off; SET enable_seqscan = off; SET statement_timeout = 0")
+        text = _FILL_POSTGRESQL.format(records=name, count=count - 1, kept=int(DAY * 1e6), window=WINDOW)
+        connection.exec_driver_sql(text)
+        connection.invalidate()
+
+
 @contextlib.contextmanager
 def sqlite(count: int, query: str = "") -> Iterator[Filled]:
     import sqlite3
@@ -134,7 +197,8 @@ def server(url: str, sizes: str) -> Iterator[Callable[[int], Any]]:
     store = open_store(url, table_prefix=prefix)
 
     def filled(count: int) -> Filled:
-        fill_sql(store, count, f"filling {engine.dialect.name}")
+        fill = fill_postgresql if engine.dialect.name == "postgresql" else fill_sql
+        fill(store, count, f"filling {engine.dialect.name}")
         with engine.connect() as connection:
             if engine.dialect.name == "postgresql":
                 connection.exec_driver_sql(f"VACUUM ANALYZE {prefix}records")
@@ -244,10 +308,12 @@ STORES: dict[str, Callable[[int], contextlib.AbstractContextManager[Filled]]] = 
 
 @dataclass
 class Measured:
-    """microseconds: of one claim + complete, one figure a round. bytes_each: per old record."""
+    """microseconds: of one claim + complete, one figure a round; windowed: the same in a window. bytes_each: per old
+    record."""
 
     size: int
     microseconds: list[float]
+    windowed: list[float]
     bytes_each: float
     version: str
 
@@ -259,6 +325,10 @@ class Measured:
         """The median of this one's rounds over the other's, pair by pair: what slowed a round slowed both."""
         return statistics.median(a / b for a, b in zip(self.microseconds, other.microseconds, strict=True))
 
+    def window_cost(self, other: Measured) -> float:
+        """The same of windows."""
+        return statistics.median(a / b for a, b in zip(self.windowed, other.windowed, strict=True))
+
 
 def measure(name: str, sizes: list[int], *, rounds: int = 45, pairs: int = 100) -> list[Measured]:
     """Fill one store of each size, then let them take turns."""
@@ -266,6 +336,8 @@ def measure(name: str, sizes: list[int], *, rounds: int = 45, pairs: int = 100) 
         filled = [stack.enter_context(STORES[name](size)) for size in sizes]
         bytes_each = [one.size_of() / size for one, size in zip(filled, sizes, strict=True)]
         figures: list[list[float]] = [[] for _ in sizes]
+        windowed: list[list[float]] = [[] for _ in sizes]
+        streams = [one.store.stream() for one in filled]
         for number in range(rounds + 1):
             progress(f"{name}: round {number} of {rounds}")
             order = list(range(len(sizes)))[:: 1 if number % 2 else -1]
@@ -273,27 +345,39 @@ def measure(name: str, sizes: list[int], *, rounds: int = 45, pairs: int = 100) 
                 began = time.perf_counter()
                 for _ in range(pairs):
                     pair(filled[at].store)
+                between = time.perf_counter()
+                for _ in range(0, pairs, WINDOW):
+                    window(filled[at].store, streams[at])
+                ended = time.perf_counter()
                 if number:  # the first round warms caches and connections
-                    figures[at].append((time.perf_counter() - began) / pairs * 1e6)
+                    figures[at].append((between - began) / pairs * 1e6)
+                    windowed[at].append((ended - between) / (math.ceil(pairs / WINDOW) * WINDOW) * 1e6)
         progress("")
+        for stream in streams:
+            stream.close()
         return [
-            Measured(size, figure, each, one.version)
-            for size, figure, each, one in zip(sizes, figures, bytes_each, filled, strict=True)
+            Measured(size, figure, inside, each, one.version)
+            for size, figure, inside, each, one in zip(sizes, figures, windowed, bytes_each, filled, strict=True)
         ]
 
 
 def table(results: dict[str, list[Measured]]) -> str:
     lines = [
-        "| store | records | claim + complete, us: median (min to max) | pairs/s | cost, fewest = 1 | bytes a record |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| store | records | claim + complete, us: median (min to max) | pairs/s | rate, fewest = 1 "
+        "| in a window, us: median (min to max) | pairs/s | rate, fewest = 1 | bytes a record |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, measured in results.items():
         for one in measured:
-            low, high = min(one.microseconds), max(one.microseconds)
-            lines.append(
-                f"| {name} | {one.size:,} | {one.median:,.0f} ({low:,.0f} to {high:,.0f}) | {1e6 / one.median:,.0f} "
-                f"| {one.cost(measured[0]):.2f} | {one.bytes_each:,.0f} |"
-            )
+            cells = []
+            for figures, cost in (
+                (one.microseconds, one.cost(measured[0])),
+                (one.windowed, one.window_cost(measured[0])),
+            ):
+                middle = statistics.median(figures)
+                cells.append(f"{middle:,.0f} ({min(figures):,.0f} to {max(figures):,.0f})")
+                cells += [f"{1e6 / middle:,.0f}", f"{1 / cost:.2f}"]
+            lines.append(f"| {name} | {one.size:,} | {' | '.join(cells)} | {one.bytes_each:,.0f} |")
     return "\n".join(lines)
 
 
@@ -308,8 +392,9 @@ def report(results: dict[str, list[Measured]], rounds: int, pairs: int) -> str:
 
 {table(results)}
 
-One client; {rounds} rounds of {pairs} pairs for each size, the sizes taking turns; fresh random keys; the old records
-are completed ones. The cost is the median of the rounds' ratios, each round's neighbours compared.
+One client; {rounds} rounds of {pairs} pairs and as many in windows for each size, the sizes taking turns; fresh random
+keys; the old records are completed ones, with fingerprint and without result. The rate is the median of the rounds'
+ratios, each round's neighbours compared.
 
 `sqlite` commits durably (synchronous=FULL), `sqlite-normal` does not wait for the disk; Redis runs without
 persistence. Servers and client share the machine: {os.cpu_count()} cores, {platform.system()}, Python
@@ -325,7 +410,7 @@ def main() -> int:
     parser.add_argument("--sizes", default="10000,1000000")
     parser.add_argument("--rounds", type=int, default=45)
     parser.add_argument("--pairs", type=int, default=100)
-    parser.add_argument("--bound", type=float, default=1.5)
+    parser.add_argument("--bound", type=float, default=1.25)
     parser.add_argument("--report", type=Path, default=REPORT)
     options = parser.parse_args()
     sizes = sorted(int(size) for size in options.sizes.split(","))
@@ -335,7 +420,11 @@ def main() -> int:
     print(table(results))
     options.report.parent.mkdir(exist_ok=True)
     options.report.write_text(report(results, options.rounds, options.pairs), "utf-8")
-    slow = [name for name, measured in results.items() if measured[-1].cost(measured[0]) > options.bound]
+    slow = [
+        name
+        for name, (fewest, *_, most) in results.items()
+        if max(most.cost(fewest), most.window_cost(fewest)) > options.bound
+    ]
     if slow:
         print(f"more than {options.bound} times the cost: {', '.join(slow)}", file=sys.stderr)
     return 1 if slow else 0

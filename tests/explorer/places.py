@@ -35,10 +35,23 @@ class Place:
     def __init__(self) -> None:
         self.clock = ManualClock()
         self.store: Any = None
+        self._streams: list[Any] = []
 
     def begin(self) -> None:
-        """A new run."""
+        """A new run. The workers of the last one are dead, and with them their connections."""
         self.clock = ManualClock()
+        while self._streams:
+            self._streams.pop().close()
+
+    def keep_streams(self) -> None:
+        """Know which streams the store has given."""
+        stream = self.store.stream
+
+        def kept() -> Any:
+            self._streams.append(stream())
+            return self._streams[-1]
+
+        self.store.stream = kept
 
     def advance(self, seconds: float, keys: Sequence[bytes]) -> None:
         """Let time pass, for the workers and for these records."""
@@ -70,6 +83,7 @@ class SQL(Place):
         self.store = open_store(url, table_prefix=self.prefix, **options)
         self.store.lookup(bytes(16))  # makes the tables
         self._engine: sa.Engine = self.store._engine
+        self.keep_streams()
         self._uuid = self._engine.dialect.name == "postgresql"
 
     def advance(self, seconds: float, keys: Sequence[bytes]) -> None:
@@ -101,20 +115,7 @@ class Redis(Place):
         super().__init__()
         self.prefix = f"x{uuid.uuid4().hex[:10]}:"
         self.store = open_store(url, prefix=self.prefix)
-        self._streams: list[Any] = []
-        stream = self.store.stream
-
-        def kept() -> Any:
-            self._streams.append(stream())
-            return self._streams[-1]
-
-        self.store.stream = kept
-
-    def begin(self) -> None:
-        """The workers of the last run are dead, and with them their connections."""
-        super().begin()
-        while self._streams:
-            self._streams.pop().close()
+        self.keep_streams()
 
     def advance(self, seconds: float, keys: Sequence[bytes]) -> None:
         super().advance(seconds, keys)

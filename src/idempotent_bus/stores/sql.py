@@ -29,6 +29,7 @@ from ..dialects import is_contention
 from ..errors import StoreUnavailable
 from ..model import NONCE_BYTES, ClaimOutcome, ClaimRequest, Completion, Hold, Record, State
 from ..schema import PREFIX
+from ..store import CompletionStream
 from .sql_engine import SOCKET, Watchdog, open_engine
 from .sql_flavours import Flavour, Unsettled, Work, choose, microseconds
 from .streams import GatheringStream
@@ -40,6 +41,10 @@ T = TypeVar("T")
 #: In a pooled connection's info: it has worked before, so that its loss says nothing about the server now.
 _PROVEN: Final = "idempotent_bus_proven"
 _CONTENTION_TRIES: Final = 8
+#: Connections of a stream of completions, unless the user says otherwise.
+STREAM_CONNECTIONS: Final = 8
+#: The dialect and the driver that can stream.
+_STREAMING: Final = ("postgresql", "psycopg")
 #: Seconds for which a failure to open the store is told to others without trying again.
 _FAILURE_SHARED: Final = 0.25
 
@@ -51,6 +56,7 @@ def open_sql(
     schema: str | None = None,
     create: bool = True,
     timeout: float = 5.0,
+    stream_connections: int = STREAM_CONNECTIONS,
     **engine_options: Any,
 ) -> SQLStore:
     """Open the dedup store in the database that `url` names. Nothing is connected before the first use.
@@ -60,12 +66,21 @@ def open_sql(
     with the power, and their messages run again).
     table_prefix, schema: where the tables are. create: make them at first use if they are missing.
     timeout: seconds that a call may wait for a lock or for a silent server before it raises StoreUnavailable.
+    stream_connections: as for `SQLStore`.
     engine_options: for SQLAlchemy's `create_engine`, such as `pool_size` (one connection serves one call at a time).
 
     Raises ConfigurationError for a URL or a name that cannot be used. SQLite in memory is refused: use `memory://`.
     """
     engine, timeout = open_engine(url, timeout=timeout, options=engine_options)
-    return SQLStore(engine, table_prefix=table_prefix, schema=schema, create=create, timeout=timeout, _own=True)
+    return SQLStore(
+        engine,
+        table_prefix=table_prefix,
+        schema=schema,
+        create=create,
+        timeout=timeout,
+        stream_connections=stream_connections,
+        _own=True,
+    )
 
 
 class SQLStore:
@@ -75,11 +90,16 @@ class SQLStore:
     not be in memory, and your engine's own timeouts decide how long a lock or a silent server may be waited for.
     After a fork the child drops the pool's connections without closing them, as it must.
     table_prefix, schema, create: as for `open_sql`. timeout: seconds within which a call may be tried again.
+    stream_connections: with PostgreSQL and psycopg 3 a window's completions are sent without waiting for each, over at
+    most so many connections beside the pool's, for each thread that has windows, opened when commits do not keep up.
+    0: none, and each completion of a window is waited for, as on the other databases.
 
     It is a BatchStore, a ForgetStore, a LookupStore, a PurgeStore and a QuarantineStore too. Quarantined records stand
     together at the end of the purge index: finding them reads nothing else, and needs no index of its own. Each verb is
     one statement.
     """
+
+    _stream_connections = 0
 
     def __init__(
         self,
@@ -89,12 +109,16 @@ class SQLStore:
         schema: str | None = None,
         create: bool = True,
         timeout: float = 5.0,
+        stream_connections: int = STREAM_CONNECTIONS,
         _own: bool = False,
     ) -> None:
         self._engine = engine
         self._tables = schema_module.metadata(table_prefix, schema, parts=("store",))
         self._create = create
         self._timeout = timeout
+        dialect = engine.dialect
+        self._stream_connections = stream_connections if (dialect.name, dialect.driver) == _STREAMING else 0
+        self._streams: weakref.WeakSet[CompletionStream] = weakref.WeakSet()
         self._own = _own
         self._errors = (engine.dialect.loaded_dbapi.Error, sa.exc.SQLAlchemyError, OSError, Unsettled)
         self._flavour: Flavour | None = None
@@ -137,9 +161,21 @@ class SQLStore:
             return []
         return self._perform(lambda flavour, work: flavour.complete_many(work, completions))
 
-    def stream(self) -> GatheringStream:
-        """As `StreamStore.stream`; a thread of its own that shares commits."""
-        return GatheringStream(self)
+    def stream(self) -> CompletionStream:
+        """As `StreamStore.stream`; with psycopg 3 a few connections of its own, else a thread that shares commits."""
+        if self._stream_connections < 1:
+            return GatheringStream(self)
+        from .pg_stream import PgStream
+
+        stream = PgStream(
+            self._connection_of_its_own,
+            lambda: (self._flavour or self._prepare()).texts["complete"],
+            lambda one: self.complete(one.hold, result=one.result, retention=one.retention),
+            most=self._stream_connections,
+            limit=self._timeout + 1,
+        )
+        self._streams.add(stream)
+        return stream
 
     def release(self, hold: Hold, /, *, attempts: int, retention: float) -> bool:
         """As `Store.release`."""
@@ -190,6 +226,8 @@ class SQLStore:
 
     def close(self) -> None:
         """Close the connections of an engine of our own; a user's engine is left open. It may be used again."""
+        for stream in list(self._streams):
+            stream.close()
         if self._own:
             self._engine.dispose()
             self._watchdog.close()
@@ -243,6 +281,20 @@ class SQLStore:
             error, connection.driver_connection, None
         )
 
+    def _connection_of_its_own(self) -> Any:
+        """The driver's connection, set up as the pool's are, and no longer one of them."""
+        try:
+            if self._flavour is None:
+                self._prepare()
+            pooled = self._engine.raw_connection()
+            connection, spare = pooled.driver_connection, pooled.info.get(SOCKET)
+            pooled.detach()
+        except self._errors as error:
+            raise StoreUnavailable(_explain(error)) from _root(error)
+        if spare is not None:
+            spare.close()  # the watchdog's: who asks for this connection looks at the time itself
+        return connection
+
     def _prepare(self) -> Flavour:
         """Before the first use: learn what server it is, and make the tables."""
         # Threads that waited while one failed share its failure: each trying by itself would wait in a long row.
@@ -278,6 +330,7 @@ class SQLStore:
         # Closing an inherited connection would end the parent's session (or, for SQLite, clean up its log): they are
         # kept, unused, for as long as this process lives.
         _inherited.append(self._engine.pool)
+        self._streams = weakref.WeakSet()
         self._engine.dispose(close=False)
         self._after_fork()
 
