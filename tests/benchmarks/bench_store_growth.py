@@ -135,11 +135,11 @@ def fill_sql(store: Any, count: int, what: str) -> None:
                 connection.execute(table.insert(), rows)
 
 
-#: In blocks of a window's size: inserted as claimed, committed, updated as completed, committed.
+#: A window's claims are inserted together and committed; then each is updated as completed, and committed by itself.
 _FILL_POSTGRESQL = """
 DO $$
 DECLARE
-  done bigint := 0; keys uuid[];
+  done bigint := 0; keys uuid[]; one uuid;
   now_us bigint := extract(epoch FROM clock_timestamp()) * 1000000;
 BEGIN
   WHILE done < {count} LOOP
@@ -152,8 +152,10 @@ BEGIN
       RETURNING record_key)
     SELECT array_agg(record_key) INTO keys FROM fresh;
     COMMIT;
-    UPDATE {records} SET state = 3, kept_until = purge_after WHERE record_key = ANY (keys);
-    COMMIT;
+    FOREACH one IN ARRAY keys LOOP
+      UPDATE {records} SET state = 3, kept_until = purge_after WHERE record_key = one;
+      COMMIT;
+    END LOOP;
     done := done + {window};
   END LOOP;
 END $$

@@ -162,6 +162,7 @@ class PgStream:
         self._told = 0
         self._idle: list[_Lane] = []
         self._busy: dict[int, _Lane] = {}
+        self._selector: Any = _Selector()  # knows every lane
         #: How those have ended that cannot be told of yet, since an earlier one is under way.
         self._ended: dict[int, bool | None] = {}
         self._content_until = 0.0
@@ -213,7 +214,7 @@ class PgStream:
             _inherited.extend(lanes)
             return
         for lane in lanes:
-            lane.close()
+            self._drop(lane)
 
     def __del__(self) -> None:
         if hasattr(self, "_ended"):
@@ -223,51 +224,54 @@ class PgStream:
 
     def _free(self) -> _Lane:
         """A connection with nothing under way."""
-        while True:
-            if not self._idle:
-                self._read(0.0)
+        while not self._idle:
+            may_open = len(self._busy) < self._most and time.monotonic() >= self._content_until
+            self._read(0.0 if may_open else self._limit)
             if self._idle:
-                return self._idle.pop()
+                break
             if not self._busy:
                 return self._open()
-            if len(self._busy) < self._most and time.monotonic() >= self._content_until:
+            if may_open and len(self._busy) < self._most:
                 try:
                     return self._open()
                 except (psycopg.Error, OSError, StoreError):  # the server has no more of them: fewer will do
                     self._content_until = time.monotonic() + _CONTENT
-            else:
-                self._read(self._limit)
+        return self._idle.pop()
 
     def _open(self) -> _Lane:
         text = _numbered(self._text())
         connection = self._connect()
         try:
-            return _Lane(connection, text, self._limit)
+            lane = _Lane(connection, text, self._limit)
         except BaseException:
             connection.close()
             raise
+        self._selector.register(lane.fileno, selectors.EVENT_READ, lane)
+        return lane
+
+    def _drop(self, lane: _Lane) -> None:
+        self._selector.unregister(lane.fileno)
+        lane.close()
 
     def _read(self, timeout: float) -> None:
         """Take the answers that have come; wait for one if none has."""
         if not self._busy:
             return
         soonest = next(iter(self._busy.values())).deadline  # the first that was sent
-        with _Selector() as selector:
-            for lane in self._busy.values():
-                selector.register(lane.fileno, selectors.EVENT_READ, lane)
-            ready = selector.select(max(0.0, min(timeout, soonest - time.monotonic())))
-        for key, _ in ready:
+        for key, _ in self._selector.select(max(0.0, min(timeout, soonest - time.monotonic())) if timeout else 0.0):
             self._take(key.data)
         now = time.monotonic()
-        for lane in [lane for lane in self._busy.values() if now >= lane.deadline]:
-            self._broken(lane)
+        if now >= soonest:
+            for lane in [lane for lane in self._busy.values() if now >= lane.deadline]:
+                self._broken(lane)
 
     def _take(self, lane: _Lane) -> None:
         ticket, completion = lane.ticket, lane.completion
-        if self._busy.get(ticket) is not lane:
-            return  # another one broke, and all were let go of
+        idle = self._busy.get(ticket) is not lane
+        if idle and lane not in self._idle:
+            return  # another one broke, and this one was let go of with it
         try:
-            if not lane.over():
+            if not lane.over() or idle:  # the server says something to one that is idle: most often that it is over
                 return
         except (psycopg.Error, OSError):
             self._broken(lane)
@@ -286,12 +290,13 @@ class PgStream:
 
     def _broken(self, lane: _Lane) -> None:
         """A connection is gone, or what it would say next is unknown: what was under way there is in doubt."""
-        self._ended[lane.ticket] = None
-        self._busy.pop(lane.ticket, None)
-        lane.close()
+        if self._busy.get(lane.ticket) is lane:
+            self._ended[lane.ticket] = None
+            del self._busy[lane.ticket]
+            self._drop(lane)
         # Those that are idle may have gone with it, and nobody would notice before the next completion.
         while self._idle:
-            self._idle.pop().close()
+            self._drop(self._idle.pop())
 
     def _tell(self) -> list[Settled]:
         told = []
