@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import subprocess
 import sys
 import textwrap
@@ -399,6 +401,71 @@ def test_a_stream_without_its_script_or_its_memory(server: PrivateRedis, store: 
     stream.close()
 
 
+#: Begins its completions, says so of each when `begin` has returned, and is killed when it says no more.
+_VICTIM = textwrap.dedent("""
+    import json, os, sys
+    from idempotent_bus.model import Completion, Hold
+    from idempotent_bus.stores import open_store, redis_stream
+
+    url, size, most, holds = sys.argv[1:]
+    redis_stream._MOST_BYTES = int(most) or redis_stream._MOST_BYTES
+    holds = [Hold(bytes.fromhex(key), token, bytes.fromhex(nonce)) for key, token, nonce in json.loads(holds)]
+    stream = open_store(url + "?socket_timeout=60").stream()
+    stream.begin(Completion(holds[0], b"done", 600.0))
+    stream.settle()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for hold in holds[1:]:
+        stream.begin(Completion(hold, b"x" * int(size), 600.0))
+        os.write(1, b".")
+    sys.stdin.read()
+""")
+
+
+def _begun_and_completed(server: PrivateRedis, size: int, most: int = 0) -> tuple[int, int]:
+    """How many completions a process began before it was killed, and how many of them the server has done.
+
+    The server stands still from before the first until the process is dead. most: bytes under way, if not the usual.
+    """
+    store = open_store(server.url)
+    holds = [take(store, new_key(), lease=600.0)[0] for _ in range(51)]
+    told = json.dumps([(hold.key.hex(), hold.token, hold.nonce.hex()) for hold in holds])
+    command = [sys.executable, "-c", _VICTIM, server.url, str(size), str(most), told]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as victim:
+        assert victim.stdout is not None
+        assert victim.stdin is not None
+        assert victim.stdout.readline() == b"ready\n"
+        server.pause()
+        try:
+            victim.stdin.write(b"go\n")
+            victim.stdin.flush()
+            began = 0
+            while began < 50 and select.select([victim.stdout], [], [], 1.0)[0]:
+                began += len(os.read(victim.stdout.fileno(), 100))
+            victim.kill()
+            victim.wait()
+        finally:
+            server.resume()
+    time.sleep(0.2)
+    records = [store.lookup(hold.key) for hold in holds[1:]]
+    return began, sum(record is not None and record.state is State.COMPLETED for record in records)
+
+
+@pytest.mark.parametrize("size", [10, 1000, 40_000])
+def test_what_was_begun_survives_a_kill(server: PrivateRedis, size: int) -> None:
+    """I4: `survives` is true, however long the results: what a killed process had begun is completed."""
+    began, completed = _begun_and_completed(server, size)
+    assert began
+    assert completed == began
+
+
+def test_what_is_more_than_the_server_reads_at_once_does_not(server: PrivateRedis) -> None:
+    """Control: with no bound of the bytes under way the server drops what it had not read of a dead client."""
+    began, completed = _begun_and_completed(server, 4000, most=10**9)
+    assert began == 50
+    assert completed < began
+
+
 def test_a_stream_that_takes_silence_for_success_is_noticed(
     server: PrivateRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,7 +474,7 @@ def test_a_stream_that_takes_silence_for_success_is_noticed(
     def careless(self: RedisStream) -> None:
         under_way, self._connection = list(self._under_way), None
         self._under_way.clear()
-        self._ended += [Settled(ticket, True) for ticket, _ in under_way]
+        self._ended += [Settled(ticket, True) for ticket, *_ in under_way]
 
     monkeypatch.setattr(RedisStream, "_broken", careless)
     for check in (

@@ -22,6 +22,9 @@ __all__ = ["RedisStream"]
 
 #: Completions under way at most: beyond them `begin` waits, or two full buffers would wait for each other.
 _MOST = 1000
+#: Bytes under way at most, unless a single completion has more. The server reads so many at once, does what is in them,
+#: and only then answers; where it cannot, since the client was killed, it reads no more, and what has left is lost.
+_MOST_BYTES = 16 * 1024
 
 
 class RedisStream:
@@ -46,7 +49,8 @@ class RedisStream:
         self._singly = singly
         self._connection: Any = None
         self._begun = 0
-        self._under_way: deque[tuple[int, Completion]] = deque()
+        self._under_way: deque[tuple[int, Completion, int]] = deque()
+        self._bytes = 0
         self._ended: list[Settled] = []
 
     @property
@@ -56,14 +60,22 @@ class RedisStream:
     def begin(self, completion: Completion, /) -> int:
         self._begun += 1
         ticket = self._begun
-        while len(self._under_way) >= _MOST:
+        try:
+            packed = self._packed(completion)
+        except (RedisError, OSError):
+            packed = b""  # the server could not be asked whether it evicts
+        while self._under_way and (len(self._under_way) >= _MOST or self._bytes + len(packed) > _MOST_BYTES):
             self._read_one()
-        self._under_way.append((ticket, completion))
+        self._under_way.append((ticket, completion, len(packed)))
+        self._bytes += len(packed)
+        if not packed:
+            self._broken()
+            return ticket
         try:
             connection = self._connection
             if connection is None:
                 connection = self._connection = self._pool.get_connection()
-            connection.send_packed_command((self._packed(completion),), check_health=False)
+            connection.send_packed_command((packed,), check_health=False)
         except (RedisError, OSError):
             self._broken()
         except BaseException:
@@ -88,6 +100,7 @@ class RedisStream:
             if self._under_way:
                 connection.disconnect()  # their replies must not be taken for those of others
                 self._under_way.clear()
+                self._bytes = 0
             self._pool.release(connection)
 
     def __del__(self) -> None:
@@ -104,7 +117,7 @@ class RedisStream:
 
     def _read_one(self) -> None:
         """Read the reply of the first that is under way."""
-        ticket, completion = self._under_way[0]
+        ticket, completion, size = self._under_way[0]
         durable: bool | None = None
         try:
             reply = self._connection.read_response(disable_decoding=True)
@@ -117,6 +130,7 @@ class RedisStream:
             self._broken()
             raise
         self._under_way.popleft()
+        self._bytes -= size
         if reply is not None:
             durable = self._accept(completion, reply)
         if durable is None:
@@ -130,5 +144,6 @@ class RedisStream:
         if connection is not None:
             connection.disconnect()
             self._pool.release(connection)
-        self._ended += [Settled(ticket, None) for ticket, _ in self._under_way]
+        self._ended += [Settled(ticket, None) for ticket, *_ in self._under_way]
         self._under_way.clear()
+        self._bytes = 0
