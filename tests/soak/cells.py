@@ -51,8 +51,8 @@ class Cell:
 
     @property
     def streams(self) -> bool:
-        """Whether a window's completions are not waited for one by one: only Redis can do that."""
-        return (self.store, self.mode, self.waits) == ("redis", "store", False)
+        """Whether a window's completions are not waited for one by one."""
+        return self.store in ("redis", "postgresql") and self.mode == "store" and not self.waits
 
     @property
     def steps(self) -> dict[str, tuple[str, ...]]:
