@@ -162,6 +162,19 @@ END $$
 """
 
 
+#: The same in one statement, without the traces of a second version of each record.
+_FILL_QUICKLY = """
+INSERT INTO {records}
+  (record_key, nonce, token, state, flags, attempts, redrive, lease_ends, kept_until, purge_after, fingerprint)
+SELECT gen_random_uuid(), gen_random_uuid(), n, 3, 0, 1, 0, now_us + n + 60000000, now_us + n + {kept},
+       now_us + n + {kept}, substring(uuid_send(gen_random_uuid()) FROM 1 FOR 8)
+FROM generate_series(1, {count}) AS n, (SELECT CAST(extract(epoch FROM now()) * 1000000 AS bigint) AS now_us) AS clock
+"""
+
+#: Set by --quick-fill.
+quick_fill = False
+
+
 def fill_postgresql(store: Any, count: int, what: str) -> None:
     """The same on PostgreSQL, by the server itself."""
     from idempotent_bus import schema
@@ -172,7 +185,8 @@ def fill_postgresql(store: Any, count: int, what: str) -> None:
     with store._engine.connect() as connection:
         # Nothing here need survive a crash; and a new table looks small enough to be read from end to end.
         connection.exec_driver_sql("SET synchronous_commit = off; SET enable_seqscan = off; SET statement_timeout = 0")
-        text = _FILL_POSTGRESQL.format(records=name, count=count - 1, kept=int(DAY * 1e6), window=WINDOW)
+        fill = _FILL_QUICKLY if quick_fill else _FILL_POSTGRESQL
+        text = fill.format(records=name, count=count - 1, kept=int(DAY * 1e6), window=WINDOW)
         connection.exec_driver_sql(text)
         connection.invalidate()
 
@@ -332,14 +346,17 @@ class Measured:
         return statistics.median(a / b for a, b in zip(self.windowed, other.windowed, strict=True))
 
 
-def measure(name: str, sizes: list[int], *, rounds: int = 45, pairs: int = 100) -> list[Measured]:
-    """Fill one store of each size, then let them take turns."""
+def measure(name: str, sizes: list[int], *, rounds: int = 45, pairs: int = 100, before: int = 0) -> list[Measured]:
+    """Fill one store of each size, then let them take turns. before: ids that each gets in windows before that."""
     with contextlib.ExitStack() as stack:
         filled = [stack.enter_context(STORES[name](size)) for size in sizes]
         bytes_each = [one.size_of() / size for one, size in zip(filled, sizes, strict=True)]
         figures: list[list[float]] = [[] for _ in sizes]
         windowed: list[list[float]] = [[] for _ in sizes]
         streams = [one.store.stream() for one in filled]
+        for one, stream in zip(filled, streams, strict=True):
+            for _ in range(0, before, WINDOW):
+                window(one.store, stream)
         for number in range(rounds + 1):
             progress(f"{name}: round {number} of {rounds}")
             order = list(range(len(sizes)))[:: 1 if number % 2 else -1]
@@ -383,14 +400,18 @@ def table(results: dict[str, list[Measured]]) -> str:
     return "\n".join(lines)
 
 
-def report(results: dict[str, list[Measured]], rounds: int, pairs: int) -> str:
+def report(results: dict[str, list[Measured]], options: argparse.Namespace) -> str:
     import sqlalchemy
+
+    rounds, pairs = options.rounds, options.pairs
+    more = f" --before {options.before}" if options.before else ""
+    more += " --quick-fill" if options.quick_fill else ""
 
     versions = sorted({one.version for measured in results.values() for one in measured})
     return f"""# Growth of the stores
 
 `python tests/benchmarks/bench_store_growth.py --stores {",".join(results)} --sizes \
-{",".join(str(one.size) for one in next(iter(results.values())))}`
+{",".join(str(one.size) for one in next(iter(results.values())))} --rounds {rounds}{more}`
 
 {table(results)}
 
@@ -412,16 +433,21 @@ def main() -> int:
     parser.add_argument("--sizes", default="10000,1000000")
     parser.add_argument("--rounds", type=int, default=45)
     parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--before", type=int, default=0, help="ids that each store gets before it is measured")
+    parser.add_argument("--quick-fill", action="store_true", help="PostgreSQL: in one statement, bytes not as in use")
     parser.add_argument("--bound", type=float, default=1.25)
     parser.add_argument("--report", type=Path, default=REPORT)
+    global quick_fill
     options = parser.parse_args()
+    quick_fill = options.quick_fill
     sizes = sorted(int(size) for size in options.sizes.split(","))
     results = {
-        name: measure(name, sizes, rounds=options.rounds, pairs=options.pairs) for name in options.stores.split(",")
+        name: measure(name, sizes, rounds=options.rounds, pairs=options.pairs, before=options.before)
+        for name in options.stores.split(",")
     }
     print(table(results))
     options.report.parent.mkdir(exist_ok=True)
-    options.report.write_text(report(results, options.rounds, options.pairs), "utf-8")
+    options.report.write_text(report(results, options), "utf-8")
     slow = [
         name
         for name, (fewest, *_, most) in results.items()
