@@ -67,10 +67,10 @@ def _entry(found: Gathered, cell: Cell) -> str:
 def table(found: Gathered) -> str:
     """What stands between the marks."""
     lines = [
-        "Proven: so many messages of the soak, under so many SIGKILLs ([report](tests/soak/reports/soak.md), source",
-        f"`{found.source}`): none lost, with the inbox none doubled; with a dedup store doubled only where a worker",
-        "was killed, or stopped for longer than its lease, between an effect and its completion. Half of the messages",
-        "came through an outbox and its relay.",
+        "What the [soak](tests/soak/reports/soak.md) has shown, with the numbers of messages and of SIGKILLs (source",
+        f"`{found.source}`). Proven: none lost; with the inbox none doubled; with a dedup store doubled only where a",
+        "worker was killed, or stopped for longer than its lease, between an effect and its completion. Half of the",
+        "messages came through an outbox and its relay.",
         "",
         "| records | RabbitMQ | `idempotent-redis` | `idempotent-sqla` |",
         "|---|---|---|---|",
