@@ -142,7 +142,7 @@ class _Checked:
 
     def _excuses(self, rows: list[tuple[str, int]]) -> Counter[str]:
         found: Counter[str] = Counter()
-        for number, life in rows:
+        for number, life in set(rows):  # an execution excuses one, however often it had its effect
             run = self.history.runs[number]
             if run.token in self.history.completed[run.key]:
                 continue

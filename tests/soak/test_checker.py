@@ -1,0 +1,63 @@
+"""The checker itself: it must see each thing that must not be, and excuse only what a death explains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .checker import Life, check
+
+ATTEMPT, AGAIN = "attempt m1 k 1 r1 1 0.0", "attempt m1 k 2 r2 2 5.0"
+DONE, DONE_AGAIN = "completed k 1 1 0.1", "completed k 2 2 5.1"
+ONE, TWO = ("m1", "r1", 1), ("m1", "r2", 2)
+
+
+def look(lines: list[str], effects: list[tuple[str, str, int]], **options: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {"mode": "store", "lease": 4.0, "forgets": False, "left": [], **options}
+    lives = settings.pop("lives", {1: Life("consumer"), 2: Life("consumer")})
+    dead, wanted = settings.pop("dead", {}), settings.pop("wanted", {"m1": "good"})
+    return check([line.split(" ") for line in lines], effects, dead, lives, wanted, **settings)
+
+
+def test_what_is_done_once_is_well() -> None:
+    """Nothing is said of a message that was handled, completed and acked."""
+    found = look([ATTEMPT, DONE, "acking k 1 0.2"], [ONE])
+    assert found["wrong"] == []
+    assert (found["effects"], found["doubled"], found["lost"]) == (1, 0, 0)
+
+
+def test_a_death_before_the_completion_excuses_one_double() -> None:
+    """I2: one effect more for each execution that was killed between its effect and its completion, and no two."""
+    killed = {1: Life("consumer", killed=True), 2: Life("consumer")}
+    found = look([ATTEMPT, AGAIN, DONE_AGAIN, "acking k 2 5.2"], [ONE, TWO], lives=killed)
+    assert (found["doubled"], found["doubled_by"], found["unexcused"]) == (1, {"killed": 1}, 0)
+    found = look([ATTEMPT, AGAIN, DONE_AGAIN], [ONE, ONE, TWO, TWO], lives=killed)
+    assert found["unexcused"] == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "effects", "options", "broken"),
+    [
+        ([ATTEMPT, DONE, AGAIN, DONE_AGAIN], [ONE, TWO], {}, "superseded"),
+        ([ATTEMPT, AGAIN, DONE_AGAIN], [ONE, TWO], {}, "unexcused"),
+        ([ATTEMPT, DONE, AGAIN], [ONE, TWO], {"lives": {1: Life("", killed=True), 2: Life("")}}, "unexcused"),
+        ([ATTEMPT, AGAIN], [ONE, TWO], {"mode": "inbox", "lives": {1: Life("", killed=True)}}, "unexcused"),
+        ([ATTEMPT, AGAIN], [ONE, TWO], {"wanted": {"m1": "asked"}, "lives": {1: Life("", True), 2: Life("", True)}},
+         "unexcused"),
+        ([ATTEMPT, "acking k 1 0.1"], [ONE], {}, "acked_early"),
+        ([ATTEMPT], [], {}, "lost"),
+        ([], [], {"wanted": {"m1": "never"}}, "lost"),
+        ([ATTEMPT, DONE], [ONE], {"wanted": {}}, "unexpected"),
+        ([ATTEMPT, DONE], [ONE], {"left": ["m1"]}, "unexpected"),
+        ([ATTEMPT, DONE], [ONE], {"lives": {1: Life("consumer", status=70)}}, "unexpected"),
+        ([ATTEMPT, ATTEMPT.replace("r1 1", "r2 2"), DONE], [ONE], {}, "unexpected"),
+    ],
+)  # fmt: skip
+def test_what_must_not_be_is_told(
+    lines: list[str], effects: list[tuple[str, str, int]], options: dict[str, Any], broken: str
+) -> None:
+    """I1, I2, I4, I6: each is counted where it belongs, and said in words."""
+    found = look(lines, effects, **options)
+    assert found[broken] == 1
+    assert any(text.startswith(broken.replace("_", " ")) for text in found["wrong"])
