@@ -46,7 +46,7 @@ class Truth:
     """A `step` that knows what the store has clearly answered, and notes what was done without that.
 
     handlers, acks: when they began. lies: what ran without a claim that was answered, or was
-    acked without a completion. doubts: how many claims and completions got no answer.
+    acked without a completion. doubts: how many claims and completions got no answer, or one that was long in coming.
     """
 
     def __init__(self, scope: str) -> None:
@@ -70,11 +70,14 @@ class Truth:
             settle: Any = function.__self__  # type: ignore[attr-defined]
             if getattr(settle, "_settle", settle).record.hex() not in self._done:
                 self.lies.append("an ack without a clear completion")
+        asked = time.monotonic()
         try:
             result = function(*args, **kwargs)
         except StoreUnavailable:
             self.doubts += name in (CLAIM, COMPLETE)
             raise
+        # A completion that is under way in an outage which ends before its answer is given up is not in doubt.
+        self.doubts += name in (CLAIM, COMPLETE, DURABLE) and time.monotonic() - asked > OUTAGE / 2
         if name == CLAIM:
             several = isinstance(result, list)
             for request, outcome in zip(args[0] if several else args, result if several else [result], strict=False):
