@@ -119,10 +119,11 @@ class Executor:
         silent = False
         try:
             for index, work in enumerate(works):
-                claim = ahead.pop(index, None)
                 if streamed is not None and not silent:
+                    # Acks what is durable, which may raise: until then this one's claim is among those to give back.
                     streamed.make_room(work.key)
                     silent = streamed.in_doubt
+                claim = ahead.pop(index, None)
                 if silent:
                     if claim is not None:
                         claims.remember(claim.request)

@@ -905,6 +905,16 @@ def test_a_connection_that_breaks_at_an_ack_loses_no_completion(bench: Bench) ->
     assert bench.executor().handle(again).how is Ended.REPLAYED
 
 
+def test_an_ack_that_fails_between_two_handlers_keeps_no_claim(bench: Bench) -> None:
+    """I12: the message that was next had not started: its claim is given back too, and blocks nobody for a lease."""
+    works = [bench.work(lambda: bench.clock.advance(0.01), str(n)) for n in range(4)]
+    bench.steps.error(ACK)  # of the first, before the second handler: the clock lets the answers be looked at
+    with pytest.raises(ConnectionError):
+        bench.executor().handle_window(works)
+    again = [bench.work(lambda: None, str(n)) for n in range(4)]
+    assert "busy" not in [bench.executor().handle(one).how.value for one in again]
+
+
 def test_a_second_copy_in_the_window_waits_for_the_first_ones_completion(bench: Bench) -> None:
     """I8: the copy is a replay, not busy: what is under way for its record is settled before it is claimed."""
     bench.stream_late()
