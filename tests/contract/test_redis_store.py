@@ -459,6 +459,34 @@ def test_what_was_begun_survives_a_kill(server: PrivateRedis, size: int) -> None
     assert completed == began
 
 
+@pytest.mark.parametrize("trouble", ["new server", "moved buckets"])
+def test_what_was_begun_is_done_though_nobody_reads_the_answer(server: PrivateRedis, trouble: str) -> None:
+    """I4: the server refuses nothing that a client which is dead by then would have to ask again."""
+    store, other = open_store(server.url), open_store(server.url)
+
+    def key_of_one_slot() -> bytes:
+        return b"\0" + new_key()[1:]
+
+    holds = [take(store, key_of_one_slot(), lease=600.0)[0] for _ in range(30)]
+    if trouble == "moved buckets":
+        for _ in range(300):
+            other.complete(take(other, key_of_one_slot())[0], result=None, retention=600.0)
+        assert other._buckets[0] > 1  # type: ignore[attr-defined]
+    else:
+        server.client.script_flush()
+    stream = store.stream()  # type: ignore[attr-defined]
+    for hold in holds:
+        stream.begin(Completion(hold, None, 600.0))
+    give_up = time.monotonic() + 2.0
+    left = holds
+    while left and time.monotonic() < give_up:
+        left = [hold for hold in left if other.lookup(hold.key).state is not State.COMPLETED]  # type: ignore
+    assert left == []
+    assert [one.durable for one in stream.settle()] == [True] * len(holds)
+    assert all(isinstance(store.claim(ask(hold.key)), Completed) for hold in holds)
+    stream.close()
+
+
 def test_what_is_more_than_the_server_reads_at_once_does_not(server: PrivateRedis) -> None:
     """Control: with no bound of the bytes under way the server drops what it had not read of a dead client."""
     began, completed = _begun_and_completed(server, 4000, most=10**9)

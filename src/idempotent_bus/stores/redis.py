@@ -295,6 +295,7 @@ class RedisStore:
 
         return RedisStream(
             self._client.connection_pool,
+            self._scripts("complete").text,
             packed,
             lambda completion, reply: self._done(completion.hold, reply),
             lambda completion: self.complete(completion.hold, result=completion.result, retention=completion.retention),

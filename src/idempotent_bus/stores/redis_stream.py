@@ -30,8 +30,9 @@ _MOST_BYTES = 16 * 1024
 class RedisStream:
     """A `CompletionStream` over one connection. For one thread at a time.
 
-    pool: gives the connection, at the first completion. packed: the command for a completion. accept: what its reply
-    means, or None if it must be asked singly. singly: `complete`, as the store does it otherwise.
+    pool: gives the connection, at the first completion. script: what the server must know, its text. packed: the command
+    for a completion. accept: what its reply means, or None if it must be asked singly. singly: `complete`, as the store
+    does it otherwise.
     """
 
     survives = True  # it is the kernel's once `begin` has returned
@@ -39,11 +40,13 @@ class RedisStream:
     def __init__(
         self,
         pool: ConnectionPool,
+        script: str,
         packed: Callable[[Completion], bytes],
         accept: Callable[[Completion, int], bool | None],
         singly: Callable[[Completion], bool],
     ) -> None:
         self._pool: Any = pool  # Any: redis-py types its connections for the sync and the async client at once
+        self._script = script
         self._packed = packed
         self._accept = accept
         self._singly = singly
@@ -75,6 +78,9 @@ class RedisStream:
             connection = self._connection
             if connection is None:
                 connection = self._connection = self._pool.get_connection()
+                # Or a new server would refuse what is sent ahead, and a killed client could not ask again.
+                connection.send_command("SCRIPT", "LOAD", self._script)
+                connection.read_response()
             connection.send_packed_command((packed,), check_health=False)
         except (RedisError, OSError):
             self._broken()

@@ -4,16 +4,16 @@
 --         ms; 39-42 the number of buckets that the caller knows; 43 1 if the short form will do; and the result, left
 --         out if there is none
 -- returns 1 completed; 2 the same, and its slot needs a bucket more, 3 one less; 0 ownership was lost;
---         below 0: not yet, the bucket is another one: the number of buckets, negative
+--         below 0: it has no key of its own, and the bucket is another one: the number of buckets, negative
 
 local key, believed = key_of(KEYS[1]), number4(ARGV[1], 39)
 local record = redis.call('GET', KEYS[1])
-local buckets = moved(key, redis.call('GET', KEYS[2]), believed)
-if buckets then
-  return -buckets
-end
+local elsewhere = moved(key, redis.call('GET', KEYS[2]), believed)
 local now = server_time()
 if not record then
+  if elsewhere then
+    return -elsewhere
+  end
   local short = short_of(KEYS[3], key, now)
   return short and string.sub(short, 5, 10) == string.sub(ARGV[1], 25, 30) and 1 or 0
 end
@@ -26,7 +26,8 @@ end
 
 local retention, attempts = number8(ARGV[1], 31), number4(record, 34)
 local units = math.ceil((now / 1000000 + retention / 1000 - SINCE) / UNIT)
-local fits = string.byte(ARGV[1], 43) == 1 and not ARGV[2]
+-- Where the bucket is another one by now, the record keeps a key of its own: the caller may be dead and not ask again.
+local fits = string.byte(ARGV[1], 43) == 1 and not ARGV[2] and not elsewhere
   and attempts <= MOST_ATTEMPTS and number4(record, 38) == 0 and units >= 0 and units < MOST_UNITS
 local many = 0
 if fits then
