@@ -1,8 +1,9 @@
 """Completions that are sent to Redis at once and not waited for, over one connection of the client's own pool.
 
 Replies come in the order of the sends, so the connection is the order of the tickets. When it breaks, every completion
-that was under way is in doubt, and is told as that; the next one goes over a new connection. A refusal (a bucket that
-moved, a script that is not known, a server that is full) proves that this one was not done: it is asked again, singly.
+that was under way is in doubt, and is told as that; the next one goes over a new connection. A refusal (a script that
+was flushed, a server that is full) proves that this one was not done: it is asked again, singly. Only then may a kill
+repeat more than the effect that it struck.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _MOST_BYTES = 16 * 1024
 class RedisStream:
     """A `CompletionStream` over one connection. For one thread at a time.
 
-    pool: gives the connection, at the first completion. script: what the server must know, its text. packed: the command
+    pool: gives the connection, at the first completion. script: the text that the server must know. packed: the command
     for a completion. accept: what its reply means, or None if it must be asked singly. singly: `complete`, as the store
     does it otherwise.
     """
