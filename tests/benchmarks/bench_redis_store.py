@@ -360,6 +360,8 @@ def main() -> int:
     parser.add_argument("--turns", type=float, default=64.0)
     parser.add_argument("--report", type=Path, default=REPORT)
     options = parser.parse_args()
+    if 0 < options.turns < 60:
+        parser.error("--turns: a retention below 60 s has no short form, which is what is measured; 0: left out")
     with server() as url:
         figures, missing = speed(url, options.rounds, options.calls)
         sizes = [options.plan // 10, options.plan, options.plan * 10]
