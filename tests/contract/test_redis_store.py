@@ -487,6 +487,19 @@ def test_what_was_begun_is_done_though_nobody_reads_the_answer(server: PrivateRe
     stream.close()
 
 
+def test_a_stream_that_may_not_load_its_script_says_so(server: PrivateRedis) -> None:
+    """I4: nothing is lost where SCRIPT is forbidden, and the next window waits for each: `survives` is False."""
+    server.client.acl_setuser("narrow", enabled=True, passwords=["+secret"], keys=["*"], commands=["+@all", "-script"])
+    store = open_store(server.url.replace("redis://", "redis://narrow:secret@"))
+    stream = store.stream()  # type: ignore[attr-defined]
+    hold = take(store, new_key())[0]
+    stream.begin(Completion(hold, None, 600.0))
+    assert [one.durable for one in stream.settle()] == [None]
+    assert not stream.survives
+    assert store.complete(hold, result=None, retention=600.0)
+    stream.close()
+
+
 def test_what_is_more_than_the_server_reads_at_once_does_not(server: PrivateRedis) -> None:
     """Control: with no bound of the bytes under way the server drops what it had not read of a dead client."""
     began, completed = _begun_and_completed(server, 4000, most=10**9)
@@ -567,7 +580,7 @@ def test_silent_retries_of_the_driver_are_harmless(server: PrivateRedis) -> None
             assert losing(lambda: store.quarantine(hold, note=b"note"))  # noqa: B023 - called at once
             assert losing(lambda: store.resolve(hold.key, completed=completed, retention=9.0))  # noqa: B023 - called at once
             assert not store.resolve(hold.key, completed=completed, retention=9.0)
-            assert store.quarantined() == []
+            assert hold.key not in [one.key for one in store.quarantined()]  # a neighbour may have left some
         hold, _ = take(store, new_key())
         assert complete(store, hold)
         batch = [ask(new_key()) for _ in range(10)]

@@ -81,7 +81,11 @@ class RedisStream:
                 connection = self._connection = self._pool.get_connection()
                 # Or a new server would refuse what is sent ahead, and a killed client could not ask again.
                 connection.send_command("SCRIPT", "LOAD", self._script)
-                connection.read_response()
+                try:
+                    connection.read_response()
+                except ResponseError:  # not allowed to this user, say
+                    self.survives = False
+                    raise
             connection.send_packed_command((packed,), check_health=False)
         except (RedisError, OSError):
             self._broken()
