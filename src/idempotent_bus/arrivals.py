@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, Final
 
-from kombu import Connection
+from kombu import Connection, Consumer
 
 from .bell import Bell
 from .buffered import BufferedReads
+from .deliveries import Deliveries
 
 __all__ = ["ANSWER_SECONDS", "Arrivals"]
 
@@ -24,18 +25,19 @@ _MIDDLE_OF_A_FRAME: Final = 0.001
 class Arrivals:
     """How messages come over one open connection. For the thread that owns it.
 
-    bell: rung when something else is to be done here. kombu hands each message to its consumer's `on_message`, which
-    appends it to what `gather` is given.
+    bell: rung when something else is to be done here. channel, consumers: what consumes, already. Each message goes to
+    its consumer's `on_message`, which appends it to what `gather` is given.
     """
 
-    def __init__(self, connection: Connection, bell: Bell) -> None:
+    def __init__(self, connection: Connection, bell: Bell, channel: Any, consumers: Iterable[Consumer]) -> None:
         self._connection = connection
         self._bell = bell
         self._reads: BufferedReads | None = None
         self._at_once = 0.0
         self._sock: Any = None
         if connection.transport.driver_type == "amqp":
-            self._reads = BufferedReads(connection) if BufferedReads.fits(connection) else None
+            if BufferedReads.fits(connection):
+                self._reads = BufferedReads(connection, Deliveries(channel, consumers))
             self._at_once = _MIDDLE_OF_A_FRAME
             self._sock = getattr(connection.connection, "sock", None)  # librabbitmq shows none
 

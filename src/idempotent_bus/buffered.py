@@ -2,7 +2,7 @@
 
 py-amqp asks the socket for exactly the bytes of each part of each frame: nine `recv` and six `settimeout` for a
 message. Here it is given what has arrived, up to some kilobytes, which its own buffer keeps; and whole frames are taken
-from that buffer without asking the socket at all.
+from that buffer without asking the socket at all, plain deliveries all at once (`deliveries.py`).
 """
 
 from __future__ import annotations
@@ -13,20 +13,26 @@ from typing import Any, Final
 
 from kombu import Connection
 
+from .deliveries import Deliveries
+
 __all__ = ["BufferedReads"]
 
 #: What is read at once at most. py-amqp copies what is left of it for each part of a frame, so not too much.
-_PIECE: Final = 16_384
+_PIECE: Final = 65_536
 _HEAD: Final = Struct(">BHI")
 _FRAME_END: Final = 0xCE
 
 
 class BufferedReads:
-    """The reads of one open py-amqp connection. For one thread at a time."""
+    """The reads of one open py-amqp connection. For one thread at a time.
 
-    __slots__ = ("_amqp", "_transport")
+    deliveries: reads those of a channel; None: py-amqp reads them all.
+    """
 
-    def __init__(self, connection: Connection) -> None:
+    __slots__ = ("_amqp", "_deliveries", "_transport")
+
+    def __init__(self, connection: Connection, deliveries: Deliveries | None = None) -> None:
+        self._deliveries = deliveries
         self._amqp: Any = connection.connection
         self._transport: Any = self._amqp.transport
         receive = self._transport._quick_recv
@@ -53,11 +59,15 @@ class BufferedReads:
 
         Raises what py-amqp raises while it takes a frame.
         """
-        transport, amqp = self._transport, self._amqp
+        transport, amqp, deliveries = self._transport, self._amqp, self._deliveries
         buffer: bytes = transport._read_buffer
         at, end = 0, len(buffer)
         try:
             while end - at >= 8 and wanted():
+                if deliveries is not None and (found := deliveries.read(buffer, at)) is not None:
+                    at, on_message, message = found
+                    on_message(message)
+                    continue
                 kind, channel, size = _HEAD.unpack_from(buffer, at)
                 last = at + 7 + size
                 if last >= end or buffer[last] != _FRAME_END:

@@ -96,7 +96,6 @@ class Session:
         self._doubtful: dict[WorkExecutor, float] = {}
         self._sock = getattr(connection.connection, "sock", None) if self._is_amqp else None
         self._bell = Bell(self._sock)
-        self._arrivals = Arrivals(connection, self._bell)
         self._home = HomeThread(self._bell.ring)
         self._beat = self._last_beat = 0.0
 
@@ -126,7 +125,7 @@ class Session:
             consumers = self._open_consumers()
             self.is_running = True
             with contextlib.suppress(Stopped):
-                self._loop(idle_timeout)
+                self._loop(Arrivals(self._connection, self._bell, channel, consumers), idle_timeout)
             if self._sock is not None:
                 self._sock.settimeout(_GOODBYE_SECONDS)
             for consumer in consumers:
@@ -174,7 +173,7 @@ class Session:
 
     # --- the loop -------------------------------------------------------------------------------------
 
-    def _loop(self, idle_timeout: float | None) -> None:
+    def _loop(self, arrivals: Arrivals, idle_timeout: float | None) -> None:
         pool = self._pool
         quiet_since = self._last_beat = time.monotonic()
         self._beat = float(self._connection.get_heartbeat_interval() or 0)
@@ -188,7 +187,7 @@ class Session:
             if idle_timeout is not None:
                 wait = min(wait, quiet_since + idle_timeout - now)
             window = self._pace.window if pool is None else self._prefetch
-            self._arrivals.gather(self._arrived, window, wait, on_hand=self.on_hand, prefetch=self._prefetch)
+            arrivals.gather(self._arrived, window, wait, on_hand=self.on_hand, prefetch=self._prefetch)
             self._answer()
             now = time.monotonic()
             self._wake_parked(now)
