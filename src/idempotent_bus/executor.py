@@ -182,7 +182,12 @@ class Executor:
             if execution.completed is None:
                 execution.completed = Ending(Ended.COMPLETED, value)
                 self._tell(EventKind.COMPLETED, execution.work, execution)
-            return self.finish(execution, value)
+            return self._ack(execution, execution.completed)
+
+    def _ack(self, execution: LeasedExecution, completed: Ending) -> Ending:
+        self._step(ACK, execution.work.settle.ack)
+        execution.ending = completed
+        return completed
 
     def refuse(self, scope: str, settle: Settlement, reason: Reason, error: str) -> Ending:
         """Dead-letter a message that has no usable identity, and therefore no record."""
@@ -352,9 +357,7 @@ class Executor:
                     return ending
                 execution.completed = ending
                 self._tell(EventKind.COMPLETED, execution.work, execution)
-            self._step(ACK, execution.work.settle.ack)
-            execution.ending = execution.completed
-            return execution.completed
+            return self._ack(execution, execution.completed)
 
     def _complete(self, work: Work, execution: LeasedExecution, value: Any) -> Ending:
         hold = execution.hold

@@ -33,6 +33,7 @@ from .identity import (
     BizIdSpec,
     FingerprintSpec,
 )
+from .kombu_message import decoded
 from .model import Reason
 from .policy import DAY, Backoff, Policy
 from .results import MAX_RESULT_BYTES
@@ -198,7 +199,7 @@ class IdempotentHandler(Generic[P, R]):
             self._refuse(error, settle)
             return None
         try:
-            body = message.decode()
+            body = decoded(message)
         except Exception as error:  # noqa: BLE001 - a body that cannot be decoded must neither be lost nor end the consumer
             self.refuse_undecodable(error, settle)
             return None

@@ -166,10 +166,11 @@ class HandedOver:
         return self._home.ask(self._move, reason, error, attempts, timeout=self._patience)
 
     def _hand(self, settle: Callable[..., None], *args: Any) -> None:
-        if self._home.is_here:
-            self._home.call(self._do, settle, *args)  # a closed channel is the caller's to hear of
-        else:
-            self._home.post(self._do_if_live, settle, *args)
+        home = self._home
+        if not home.is_here:
+            home.post(self._do_if_live, settle, *args)
+        elif not home.is_closed:
+            self._do(settle, *args)  # a closed channel is the caller's to hear of
 
     def _do_if_live(self, settle: Callable[..., None], *args: Any) -> None:
         if self._is_live is None or self._is_live():

@@ -29,6 +29,9 @@ MAX_SCOPE_BYTES: Final = 200
 #: Part of every key: a change of the encoding changes it, so that old and new records never mix.
 _KEY_VERSION: Final = b"idempotent-bus/1"
 _FINGERPRINT_VERSION: Final = b"idempotent-bus/f"
+#: What the fingerprints of each kind of body begin with; to be copied.
+_BYTES: Final = blake2b(b"b", digest_size=FINGERPRINT_BYTES, person=_FINGERPRINT_VERSION)
+_JSON: Final = blake2b(b"j", digest_size=FINGERPRINT_BYTES, person=_FINGERPRINT_VERSION)
 
 
 class _InnerMsgId:
@@ -108,7 +111,7 @@ def extract_biz_id(spec: str | Callable[[Any], Any], body: Any) -> str:
     if isinstance(spec, str):
         value = body
         for name in spec.split("."):
-            if not isinstance(value, Mapping):
+            if type(value) is not dict and not isinstance(value, Mapping):  # the latter takes ten times as long
                 raise InvalidBizId(f"no biz-id at {spec!r}: the body has no mapping where {name!r} is looked up")
             if name not in value:
                 raise InvalidBizId(f"no biz-id at {spec!r}: {name!r} is missing")
@@ -167,15 +170,17 @@ def fingerprint(body: Any, spec: FingerprintSpec = True) -> bytes | None:
             raise InvalidBody(f"the body lacks the fingerprint's field {missing[0]!r}")
         body = {name: body[name] for name in spec}
     if isinstance(body, (bytes, bytearray, memoryview)):
-        data = b"b" + bytes(body)
+        digest, data = _BYTES.copy(), bytes(body)
     else:
+        digest = _JSON.copy()
         try:
-            data = b"j" + _canonical(body).encode("utf-8", "surrogatepass")
+            data = _canonical(body).encode("utf-8", "surrogatepass")
         except RecursionError as error:
             raise InvalidBody("the body is nested too deeply") from error
         except Exception as error:  # other decoders than JSON bring objects whose code runs here
             raise InvalidBody(f"no fingerprint can be made of this body: {type(error).__name__}") from error
-    return blake2b(data, digest_size=FINGERPRINT_BYTES, person=_FINGERPRINT_VERSION).digest()
+    digest.update(data)
+    return digest.digest()
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,8 @@ from typing import Any, Final
 
 from kombu.compression import compress
 from kombu.message import Message
+from kombu.serialization import registry
+from kombu.utils import json as kombu_json
 
 from .errors import HandlerAcknowledged
 from .headers import (
@@ -28,6 +30,7 @@ __all__ = [
     "Content",
     "came_back",
     "content_of",
+    "decoded",
     "driver_type",
     "forbid_acks",
     "headers_of",
@@ -55,6 +58,29 @@ _PROPERTIES: Final = ("correlation_id", "reply_to", "type", "app_id", "message_i
 _COMPRESSION: Final = "compression"
 #: The largest redrive number that is believed: every store can keep it, and nobody redrives so often.
 _MOST_REDRIVES: Final = 2**31 - 1
+
+
+_JSON: Final = "application/json"
+#: As `kombu.utils.json.loads`, which has json make a decoder anew for each message, and takes twice as long for that.
+_decode_json: Final = json.JSONDecoder(object_hook=kombu_json.object_hook).decode
+
+
+def decoded(message: Message) -> Any:
+    """The body as `message.decode()` gives it, and raises. Sooner, where it is a text that kombu's own JSON reads."""
+    body, accept = message.body, message.accept
+    if (
+        message.content_type == _JSON
+        and type(body) is str
+        and body
+        and registry._decoders.get(_JSON) is kombu_json.loads
+        and (_JSON not in registry._disabled_content_types if accept is None else _JSON in accept)
+    ):
+        try:
+            value = message._decoded_cache = _decode_json(body)
+        except Exception:  # noqa: BLE001 - kombu says it in its own way
+            return message.decode()
+        return value
+    return message.decode()
 
 
 # --- the content, to be sent on ---------------------------------------------------------------------

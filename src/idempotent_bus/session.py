@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Final
 
 from kombu import Connection, Consumer, Queue
@@ -44,6 +46,7 @@ _GOODBYE_SECONDS: Final = 5.0
 #: How much the prefetch may grow, where nothing but holding them makes messages wait, so that they block nobody.
 _MOST_PARKED: Final = 10
 
+_how = attrgetter("how")
 _Arrived = tuple[IdempotentHandler, str, Message]
 
 
@@ -256,8 +259,8 @@ class Session:
         self._flush_acks()
         self._pace.note(time.monotonic() - started, len(works))
         self.handling_since = None
-        for ending in endings:
-            self._count(ending.how)
+        for how, alike in itertools.groupby(endings, key=_how):
+            self._count(how, sum(1 for _ in alike))
         if any(ending.how is Ended.IN_DOUBT for ending in endings):
             # The store is down: do not spin on it.
             self._stopping.rest(handler.executor.policy.busy_delay, self._answer)
@@ -278,8 +281,8 @@ class Session:
         self.on_hand.add(handed)
         return work
 
-    def _count(self, how: Ended) -> None:
-        self._endings[how] += 1
+    def _count(self, how: Ended, times: int = 1) -> None:
+        self._endings[how] += times
         if how is Ended.IN_DOUBT:
             if self.store_down_since is None:
                 self.store_down_since = time.time()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from .model import Reason
 
@@ -79,8 +79,7 @@ class Ended(str, Enum):
     """manual=True, and the handler returned before the business had succeeded."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
+class Ending(NamedTuple):
     """How it ended, with the handler's result or the stored one."""
 
     how: Ended

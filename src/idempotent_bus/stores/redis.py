@@ -44,7 +44,7 @@ import struct
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any, Final
 
@@ -184,6 +184,8 @@ class RedisStore:
         self._lean = _lean(client)
         self._prefix = prefix.encode()
         self._slots = [b"%s{%02x}:" % (self._prefix, slot) for slot in range(256)]
+        self._counters = [prefix + b"token" for prefix in self._slots]
+        self._layouts = [prefix + b"buckets" for prefix in self._slots]
         self._checked = allow_eviction
         self._short_from = _SHORT_FROM if short else math.inf
         # The number of buckets of each slot, as last heard; until something is heard of a slot, what another has.
@@ -221,7 +223,7 @@ class RedisStore:
             if len(request.nonce) != NONCE_BYTES or (mark is not None and len(mark) != FINGERPRINT_BYTES):
                 raise ValueError(f"a nonce has {NONCE_BYTES} bytes, a fingerprint {FINGERPRINT_BYTES}")
             record, layout, bucket, buckets = self._places(request.key)
-            keys += (record, self._slots[request.key[0]] + b"token", layout, bucket)
+            keys += (record, self._counters[request.key[0]], layout, bucket)
             values.append(
                 _REQUEST.pack(
                     request.nonce,
@@ -317,7 +319,7 @@ class RedisStore:
         buckets = self._buckets.get(slot, self._usual)
         last = buckets - 1 if fewer else buckets
         turn = last - (1 << (last.bit_length() - 1))
-        keys = [self._slots[slot] + b"buckets", self._bucket(slot, turn), self._bucket(slot, last)]
+        keys = [self._layouts[slot], self._bucket(slot, turn), self._bucket(slot, last)]
         with suppress(StoreUnavailable):
             self._learn(slot, self._run("merge" if fewer else "split", keys, [buckets]))
 
@@ -410,7 +412,7 @@ class RedisStore:
         number = int.from_bytes(key[1:5], "big") & (size - 1)
         if number >= buckets:
             number -= size >> 1
-        return prefix + key, prefix + b"buckets", b"%b#%d" % (prefix, number), buckets
+        return prefix + key, self._layouts[slot], b"%b#%d" % (prefix, number), buckets
 
     def _learn(self, slot: int, buckets: int) -> None:
         self._buckets[slot] = self._usual = buckets
@@ -486,10 +488,12 @@ def _lean(client: Redis | RedisCluster) -> Lean | None:
     return Lean(client.connection_pool) if getattr(client.connection_pool, "cache", None) is None else None
 
 
+@lru_cache(maxsize=256)
 def _microseconds(seconds: float) -> int:
     return max(0, math.ceil(min(seconds, _MAX_SECONDS) * 1_000_000))
 
 
+@lru_cache(maxsize=256)
 def _milliseconds(seconds: float) -> int:
     """For an expiry: at least one, since Redis refuses 0; rounded up, so that it never ends before its lease."""
     return max(1, math.ceil(min(seconds, 2 * _MAX_SECONDS) * 1_000))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from redis.connection import ConnectionPool
@@ -27,17 +28,18 @@ _SHARE = 8
 def pack(script: bytes, keys: Sequence[bytes], values: Sequence[bytes]) -> bytes:
     """An EVALSHA in the form that the server reads. script: its SHA-1 in hex digits."""
     count = b"%d" % len(keys)
-    parts = [
-        b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%b\r\n$%d\r\n%b" % (3 + len(keys) + len(values), script, len(count), count)
-    ]
+    parts: list[bytes | int] = [script, len(count), count]
     for argument in keys:
-        parts.append(b"$%d" % len(argument))
-        parts.append(argument)
+        parts += (len(argument), argument)
     for argument in values:
-        parts.append(b"$%d" % len(argument))
-        parts.append(argument)
-    parts.append(b"")
-    return b"\r\n".join(parts)
+        parts += (len(argument), argument)
+    return _form(len(keys) + len(values)) % tuple(parts)
+
+
+@lru_cache(maxsize=256)
+def _form(arguments: int) -> bytes:
+    """An EVALSHA with so many keys and values, to be filled in."""
+    return b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%%b\r\n" % (3 + arguments) + b"$%d\r\n%b\r\n" * (1 + arguments)
 
 
 class Lean:

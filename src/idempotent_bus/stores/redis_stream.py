@@ -1,6 +1,7 @@
 """Completions that are sent to Redis at once and not waited for, over one connection of the client's own pool.
 
-Replies come in the order of the sends, so the connection is the order of the tickets. When it breaks, every completion
+Replies come in the order of the sends, so the connection is the order of the tickets. redis-py opens it; the replies are
+read from its socket, since each is a short number and there is one for each message. When it breaks, every completion
 that was under way is in doubt, and is told as that; the next one goes over a new connection. A refusal (a script that
 was flushed, a server that is full) proves that this one was not done: it is asked again, singly. Only then may a kill
 repeat more than the effect that it struck.
@@ -8,12 +9,14 @@ repeat more than the effect that it struck.
 
 from __future__ import annotations
 
+import select
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from redis.connection import ConnectionPool
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
 from ..errors import StoreError
@@ -26,6 +29,8 @@ _MOST = 1000
 #: Bytes under way at most, unless a single completion has more. The server reads so many at once, does what is in them,
 #: and only then answers; where it cannot, since the client was killed, it reads no more, and what has left is lost.
 _MOST_BYTES = 16 * 1024
+#: What is read at once at most; a reply has some five bytes.
+_PIECE = 16 * 1024
 
 
 class RedisStream:
@@ -55,6 +60,9 @@ class RedisStream:
         self._begun = 0
         self._under_way: deque[tuple[int, Completion, int]] = deque()
         self._bytes = 0
+        #: Lines that have been read and are not yet looked at, the last one perhaps not to its end.
+        self._lines: deque[bytes] = deque()
+        self._rest = b""
         self._ended: list[Settled] = []
 
     @property
@@ -110,8 +118,7 @@ class RedisStream:
         if connection is not None:
             if self._under_way:
                 connection.disconnect()  # their replies must not be taken for those of others
-                self._under_way.clear()
-                self._bytes = 0
+                self._forget()
             self._pool.release(connection)
 
     def __del__(self) -> None:
@@ -120,20 +127,21 @@ class RedisStream:
             self.close()
 
     def _readable(self, timeout: float) -> bool:
+        """Whether an answer is there, or it cannot be told without reading."""
+        sock = self._connection._sock
+        if self._lines or getattr(sock, "pending", int)():  # TLS: decrypted already
+            return True
         try:
-            return bool(self._connection.can_read(timeout=timeout))
-        except (RedisError, OSError):
-            self._broken()
-            return False
+            return bool(select.select((sock,), (), (), timeout)[0])
+        except ValueError:  # more open files than select can name, or the socket is closed
+            return True
 
     def _read_one(self) -> None:
         """Read the reply of the first that is under way."""
         ticket, completion, size = self._under_way[0]
         durable: bool | None = None
         try:
-            reply = self._connection.read_response(disable_decoding=True)
-        except ResponseError:
-            reply = None
+            reply = self._reply()
         except (RedisError, OSError):
             self._broken()
             return
@@ -149,6 +157,21 @@ class RedisStream:
                 durable = self._singly(completion)
         self._ended.append(Settled(ticket, durable))
 
+    def _reply(self) -> int | None:
+        """The next reply, a number; None: an error, so that this one was not done. Raises the connection's errors."""
+        while not self._lines:
+            data = self._connection._sock.recv(_PIECE)
+            if not data:
+                raise RedisConnectionError("the Redis server has closed the connection")
+            *lines, self._rest = (self._rest + data).split(b"\r\n")
+            self._lines.extend(lines)
+        line = self._lines.popleft()
+        if line.startswith(b":"):
+            return int(line[1:])
+        if line.startswith(b"-") and not line.startswith(b"-READONLY"):  # by that a master says that it is none now
+            return None
+        raise RedisConnectionError("the Redis server has sent what is no reply of the script")
+
     def _broken(self) -> None:
         """The connection is gone, or what it would say next is unknown: all that was under way is in doubt."""
         connection, self._connection = self._connection, None
@@ -156,5 +179,10 @@ class RedisStream:
             connection.disconnect()
             self._pool.release(connection)
         self._ended += [Settled(ticket, None) for ticket, *_ in self._under_way]
+        self._forget()
+
+    def _forget(self) -> None:
         self._under_way.clear()
         self._bytes = 0
+        self._lines.clear()
+        self._rest = b""

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +123,11 @@ class BatchContract:
         assert complete(store, done)
         holds = [
             good[0],
-            replace(good[1], token=good[1].token + 1),
+            good[1]._replace(token=good[1].token + 1),
             Hold(new_key(), 1, os.urandom(16)),
             good[1],
             done,
-            replace(good[2], nonce=os.urandom(16)),
+            good[2]._replace(nonce=os.urandom(16)),
             good[2],
         ]
         expected = [True, False, False, True, False, False, True]
@@ -260,7 +259,7 @@ class CompletionsContract:
             for place in range(60):
                 hold, _ = take(store, new_key())
                 if place % 5 == number % 5:
-                    hold = replace(hold, nonce=os.urandom(16))
+                    hold = hold._replace(nonce=os.urandom(16))
                     wrong.add(place + 1)
                 stream.begin(Completion(hold, None, LONG))
                 told.update({settled.ticket: settled.durable for settled in stream.poll()})
@@ -283,15 +282,15 @@ def _holds_of_every_kind(subject: Subject, size: int) -> list[Completion]:
         assert complete(store, done, None if number % 2 else b"first")
         others, _ = take(store, new_key(), fingerprint=A)
         assert complete(store, others, None if number % 2 else b"first")
-        holds += [replace(others, nonce=os.urandom(16))]
+        holds += [others._replace(nonce=os.urandom(16))]
         given, _ = take(store, new_key())
         assert release(store, given)
         mine, _ = take(store, new_key(), fingerprint=B, redrive=number % 2)
         reserved, _ = take(store, new_key(), reserve=True)
         good, _ = take(store, new_key())
         wrong, _ = take(store, new_key())
-        holds += [done, given, mine, reserved, good, replace(wrong, token=wrong.token + 1)]
-        holds += [Hold(new_key(), 1, os.urandom(16)), replace(take(store, new_key())[0], nonce=os.urandom(16))]
+        holds += [done, given, mine, reserved, good, wrong._replace(token=wrong.token + 1)]
+        holds += [Hold(new_key(), 1, os.urandom(16)), take(store, new_key())[0]._replace(nonce=os.urandom(16))]
     subject.outlast(SHORT)
     for lost in holds[1::11]:
         take(store, lost.key)
@@ -334,7 +333,7 @@ def _records_in_every_state(subject: Subject) -> list[ClaimRequest]:
 def _shape(outcome: ClaimOutcome) -> object:
     """An outcome without what differs between two runs: the token and the moment."""
     if isinstance(outcome, Claimed):
-        return replace(outcome, token=0)
+        return outcome._replace(token=0)
     return Busy if isinstance(outcome, Busy) else outcome
 
 
