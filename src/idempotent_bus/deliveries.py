@@ -120,9 +120,9 @@ class Deliveries:
         body: bytes | str = buffer[body_at:end]
         encoding = properties.get("content_encoding")
         if encoding is not None and channel.auto_decode:
-            try:
+            try:  # noqa: SIM105 - for each message, and `suppress` takes longer than what is in it
                 body = body.decode(encoding)  # type: ignore[union-attr]  # still bytes
-            except Exception:  # noqa: BLE001 - as py-amqp does: then the bytes
+            except Exception:  # noqa: BLE001, S110 - as py-amqp does: then the bytes
                 pass
         message = channel.Message.__new__(channel.Message)
         Message.__init__(
@@ -152,6 +152,8 @@ class Deliveries:
         if known is None or tag not in self._channel.callbacks:
             return None
         exchange_end = 1 + behind[0]
+        if behind[exchange_end] != len(behind) - exchange_end - 1:
+            return None
         exchange, routing_key = behind[1:exchange_end].decode(), behind[exchange_end + 1 :].decode()
         if len(self._ways) >= _MOST:
             self._ways.clear()

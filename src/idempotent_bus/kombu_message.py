@@ -61,12 +61,17 @@ _MOST_REDRIVES: Final = 2**31 - 1
 
 
 _JSON: Final = "application/json"
-#: As `kombu.utils.json.loads`, which has json make a decoder anew for each message, and takes twice as long for that.
-_decode_json: Final = json.JSONDecoder(object_hook=kombu_json.object_hook).decode
+#: What kombu's JSON names the types beyond JSON's own by; any text may be written with escapes.
+_TYPED: Final = "__type__"
+_read: Final = json.JSONDecoder().raw_decode
+_read_typed: Final = json.JSONDecoder(object_hook=kombu_json.object_hook).raw_decode
 
 
 def decoded(message: Message) -> Any:
-    """The body as `message.decode()` gives it, and raises. Sooner, where it is a text that kombu's own JSON reads."""
+    """The body as `message.decode()` gives it, and raises. Sooner, where it is a text that kombu's own JSON reads.
+
+    `kombu.utils.json.loads` has a decoder made anew for each message, and its hook called for each object.
+    """
     body, accept = message.body, message.accept
     if (
         message.content_type == _JSON
@@ -75,11 +80,14 @@ def decoded(message: Message) -> Any:
         and registry._decoders.get(_JSON) is kombu_json.loads
         and (_JSON not in registry._disabled_content_types if accept is None else _JSON in accept)
     ):
+        read = _read_typed if _TYPED in body or "\\" in body else _read
         try:
-            value = message._decoded_cache = _decode_json(body)
+            value, end = read(body)
         except Exception:  # noqa: BLE001 - kombu says it in its own way
             return message.decode()
-        return value
+        if end == len(body):
+            message._decoded_cache = value
+            return value
     return message.decode()
 
 

@@ -182,6 +182,8 @@ def main() -> None:
             cpu[name].append(used / options.messages * 1e6)
             with Connection(bench.url) as connection:
                 connection.default_channel.queue_delete(queue)
+                if options.broker == "rabbitmq":  # our consumer has declared the queue by which messages come back
+                    connection.default_channel.queue_delete(f"{queue}.back")
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
     for key in bench.redis.scan_iter("*-pay", count=1000):
         bench.redis.delete(key)

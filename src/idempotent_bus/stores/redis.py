@@ -100,6 +100,7 @@ _UNSETTLED = "the buckets of the Redis store move at every look; nothing is know
 _HEADER = struct.Struct(">BQ16s8sII")  # as record.lua says
 _REQUEST = struct.Struct(">16s8sIQQBI")  # as claim.lua says
 _COMPLETION = struct.Struct(">24s6sQI?")  # as complete.lua says
+_PLACE = struct.Struct(">BI")  # of a key: its slot, and what its bucket is chosen by
 _CLAIMED = struct.Struct(">QI")
 _HAS_FINGERPRINT, _HAS_RESULT = 8, 16
 _OWNER_BYTES = 8 + NONCE_BYTES
@@ -228,7 +229,7 @@ class RedisStore:
                 _REQUEST.pack(
                     request.nonce,
                     mark or b"",
-                    _count(request.redrive),
+                    _count(request.redrive) if request.redrive else 0,
                     _microseconds(request.lease),
                     _milliseconds(request.lease + request.retention),
                     request.reserve + (mark is not None) * _HAS_FINGERPRINT,
@@ -405,11 +406,11 @@ class RedisStore:
 
     def _places(self, key: bytes) -> tuple[bytes, bytes, bytes, int]:
         """A record's own key, the key of its slot's number of buckets, its bucket, and that number as far as known."""
-        slot = key[0]
+        slot, hashed = _PLACE.unpack_from(key)
         prefix = self._slots[slot]
         buckets = self._buckets.get(slot, self._usual)
         size = 1 << buckets.bit_length()
-        number = int.from_bytes(key[1:5], "big") & (size - 1)
+        number = hashed & (size - 1)
         if number >= buckets:
             number -= size >> 1
         return prefix + key, self._layouts[slot], b"%b#%d" % (prefix, number), buckets

@@ -1,0 +1,105 @@
+"""What the Redis stream makes of the bytes that a server answers with."""
+
+from __future__ import annotations
+
+import socket
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from idempotent_bus.model import Completion, Hold, Settled
+from idempotent_bus.stores.redis_stream import RedisStream
+
+ONE = Completion(Hold(b"k" * 16, 1, b"n" * 16), None, 60.0)
+
+
+class Server:
+    """One end of a socket pair for the server, and the other as a connection that redis-py would have opened."""
+
+    def __init__(self) -> None:
+        self.end, self.sock = socket.socketpair()
+        self.sock.settimeout(0.2)
+        self.singly: list[Completion] = []
+        self.broken = 0
+
+    def get_connection(self) -> Any:
+        """As a pool."""
+        return SimpleNamespace(
+            _sock=self.sock,
+            send_command=lambda *_: None,
+            read_response=lambda: None,
+            send_packed_command=lambda packed, check_health: self.sock.sendall(packed[0]),
+            disconnect=self.disconnect,
+        )
+
+    def disconnect(self) -> None:
+        """As a connection."""
+        self.broken += 1
+
+    def release(self, connection: Any) -> None:
+        """As a pool."""
+
+    def ask(self, completion: Completion) -> bool:
+        """The ordinary way."""
+        self.singly.append(completion)
+        return True
+
+    def stream(self, under_way: int) -> RedisStream:
+        """A stream with so many completions under way."""
+        stream = RedisStream(self, "", lambda _: b"command", lambda _, reply: reply > 0, self.ask)  # type: ignore[arg-type]
+        for _ in range(under_way):
+            stream.begin(ONE)
+        return stream
+
+
+def test_replies_are_told_in_their_order_however_they_are_cut() -> None:
+    """A reply that has come in part is waited for, and those behind it keep their places (I4)."""
+    server = Server()
+    stream = server.stream(4)
+    assert stream.poll() == []
+    server.end.sendall(b":1\r\n:0\r\n:1")
+    assert stream.poll() == [Settled(1, True), Settled(2, False)]
+    server.end.sendall(b"\r\n:1\r\n")
+    assert stream.settle() == [Settled(3, True), Settled(4, True)]
+    assert server.broken == 0
+
+
+def test_a_part_of_a_reply_is_never_a_reply() -> None:
+    """`:1` may be the beginning of `:10`, and `-` of an error: nothing is durable before the line is whole (I4)."""
+    server = Server()
+    stream = server.stream(1)
+    server.end.sendall(b":1")
+    assert stream.settle() == [Settled(1, None)]  # the rest has not come within the socket's timeout
+    assert server.broken == 1
+
+
+def test_an_error_is_asked_singly_and_its_neighbours_are_not() -> None:
+    """A refusal proves that this one was not done."""
+    server = Server()
+    stream = server.stream(3)
+    server.end.sendall(b":1\r\n-NOSCRIPT No matching script.\r\n:1\r\n")
+    assert stream.settle() == [Settled(1, True), Settled(2, True), Settled(3, True)]
+    assert server.singly == [ONE]
+    assert server.broken == 0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(b"-READONLY You can't write against a read only replica.\r\n", id="a master that is none now"),
+        pytest.param(b">2\r\n$3\r\nabc\r\n", id="news"),
+        pytest.param(b"$1\r\n1\r\n", id="another type"),
+        pytest.param(b"", id="the end"),
+    ],
+)
+def test_what_is_no_reply_leaves_all_in_doubt(answer: bytes) -> None:
+    """Nothing is taken for durable, the connection goes, and the next completion opens another (I4)."""
+    server = Server()
+    stream = server.stream(3)
+    server.end.sendall(b":1\r\n" + answer)
+    if not answer:
+        server.end.close()
+    assert stream.settle() == [Settled(1, True), Settled(2, None), Settled(3, None)]
+    assert server.broken == 1
+    assert stream.pending == 0
