@@ -23,6 +23,7 @@ from .headers import (
     ORIGIN_QUEUE,
     REDRIVE,
 )
+from .quick_json import loads
 
 __all__ = [
     "DELIVERY_COUNT",
@@ -58,36 +59,24 @@ _PROPERTIES: Final = ("correlation_id", "reply_to", "type", "app_id", "message_i
 _COMPRESSION: Final = "compression"
 #: The largest redrive number that is believed: every store can keep it, and nobody redrives so often.
 _MOST_REDRIVES: Final = 2**31 - 1
-
-
 _JSON: Final = "application/json"
-#: What kombu's JSON names the types beyond JSON's own by; any text may be written with escapes.
-_TYPED: Final = "__type__"
-_read: Final = json.JSONDecoder().raw_decode
-_read_typed: Final = json.JSONDecoder(object_hook=kombu_json.object_hook).raw_decode
 
 
 def decoded(message: Message) -> Any:
-    """The body as `message.decode()` gives it, and raises. Sooner, where it is a text that kombu's own JSON reads.
-
-    `kombu.utils.json.loads` has a decoder made anew for each message, and its hook called for each object.
-    """
+    """The body as `message.decode()` gives it, and raises. Sooner, where kombu's own JSON reads it."""
     body, accept = message.body, message.accept
     if (
         message.content_type == _JSON
-        and type(body) is str
         and body
+        and isinstance(body, (str, bytes))
         and registry._decoders.get(_JSON) is kombu_json.loads
         and (_JSON not in registry._disabled_content_types if accept is None else _JSON in accept)
     ):
-        read = _read_typed if _TYPED in body or "\\" in body else _read
         try:
-            value, end = read(body)
+            value = message._decoded_cache = loads(body if isinstance(body, str) else body.decode())
         except Exception:  # noqa: BLE001 - kombu says it in its own way
             return message.decode()
-        if end == len(body):
-            message._decoded_cache = value
-            return value
+        return value
     return message.decode()
 
 

@@ -234,14 +234,16 @@ def test_a_damaged_delivery_raises_nothing(data: st.DataObject) -> None:
 def test_a_body_is_decoded_as_kombu_decodes_it(body: str, accept: Any) -> None:
     """The same value or the same error, whatever is in it: typed values, escapes, rubbish, what is not accepted."""
 
-    def outcome(decode: Any) -> Any:
-        message = Message(body, content_type="application/json", content_encoding="utf-8", accept=accept)
+    def outcome(decode: Any, given: Any) -> Any:
+        message = Message(given, content_type="application/json", content_encoding="utf-8", accept=accept)
         try:
             return repr(decode(message)), repr(message.payload)
         except Exception as error:  # noqa: BLE001 - compared
             return type(error)
 
-    assert outcome(decoded) == outcome(Message.decode)
+    encoded = body.encode("utf-8", "surrogatepass")
+    for one in (body, encoded, bytearray(encoded)):
+        assert outcome(decoded, one) == outcome(Message.decode, one)
 
 
 def test_another_json_is_used_where_the_user_has_registered_one() -> None:

@@ -290,15 +290,16 @@ class RedisStore:
         if self._lean is None:
             return DirectStream(self)
 
+        script = self._scripts("complete")
+
         def packed(completion: Completion) -> bytes:
             if not self._checked:
                 self._refuse_eviction()
-            name = self._scripts("complete").name
-            return pack(name, *self._completion(completion.hold, completion.result, completion.retention))
+            return pack(script.name, *self._completion(completion.hold, completion.result, completion.retention))
 
         return RedisStream(
             self._client.connection_pool,
-            self._scripts("complete").text,
+            script.text,
             packed,
             lambda completion, reply: self._done(completion.hold, reply),
             lambda completion: self.complete(completion.hold, result=completion.result, retention=completion.retention),

@@ -2,9 +2,9 @@
 
 Replies come in the order of the sends, so the connection is the order of the tickets. redis-py opens it; the replies
 are read from its socket, since each is a short number and there is one for each message. When it breaks, every
-completion that was under way is in doubt, and is told as that; the next one goes over a new connection. A refusal (a script that
-was flushed, a server that is full) proves that this one was not done: it is asked again, singly. Only then may a kill
-repeat more than the effect that it struck.
+completion that was under way is in doubt, and is told as that; the next one goes over a new connection. A refusal (a
+script that was flushed, a server that is full) proves that this one was not done: it is asked again, singly. Only then
+may a kill repeat more than the effect that it struck.
 """
 
 from __future__ import annotations

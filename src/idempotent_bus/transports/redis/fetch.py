@@ -12,8 +12,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from kombu.log import get_logger
-from kombu.utils.json import loads
 
+from ...quick_json import loads
 from .keys import QueueKeys
 from .scripts import FETCH, TEND
 from .wire import Command, Wire
