@@ -1,7 +1,7 @@
 """Reading from RabbitMQ many frames at a time. For a connection of our own.
 
 py-amqp asks the socket for exactly the bytes of each part of each frame: nine `recv` and six `settimeout` for a
-message. Here it is given what has arrived, up to some kilobytes, which its own buffer keeps; and whole frames are taken
+message. Here it is given what has arrived, up to 64 KiB, which its own buffer keeps; and whole frames are taken
 from that buffer without asking the socket at all, plain deliveries all at once (`deliveries.py`).
 """
 
@@ -17,7 +17,7 @@ from .deliveries import Deliveries
 
 __all__ = ["BufferedReads"]
 
-#: What is read at once at most. py-amqp copies what is left of it for each part of a frame, so not too much.
+#: What is read at once at most. py-amqp copies what is left of it for each part of a frame that it reads itself.
 _PIECE: Final = 65_536
 _HEAD: Final = Struct(">BHI")
 _FRAME_END: Final = 0xCE

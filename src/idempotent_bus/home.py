@@ -50,13 +50,6 @@ class HomeThread:
         """True once the connection is gone: nothing is done any more."""
         return self._closed
 
-    def call(self, function: Callable[..., Any], /, *args: Any) -> None:
-        """Do it now in the owner's thread, later from any other: `post`. Nothing once it is closed."""
-        if not self.is_here:
-            self.post(function, *args)
-        elif not self._closed:
-            function(*args)
-
     def post(self, function: Callable[..., Any], /, *args: Any) -> None:
         """Have it done later, and do not wait. Dropped if the connection goes first."""
         self._put(partial(function, *args), None)

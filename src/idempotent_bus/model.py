@@ -1,6 +1,7 @@
 """Words and values that the halves share: records, claims, receipts. Nothing here does anything.
 
-What is made for each message is a named tuple: as frozen as a dataclass, made and hashed in a third of the time.
+What is made for each message that runs is a named tuple: as frozen as a dataclass, made and hashed in a third of the
+time.
 """
 
 from __future__ import annotations

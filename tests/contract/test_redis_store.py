@@ -589,6 +589,24 @@ def test_silent_retries_of_the_driver_are_harmless(server: PrivateRedis) -> None
     client.close()
 
 
+def test_completions_under_way_when_the_client_is_closed_are_never_taken_for_durable(server: PrivateRedis) -> None:
+    """I4: redis-py opens a closed connection again by itself; its replies are not those of the completions before."""
+    client = Redis.from_url(server.url)
+    store = RedisStore(client)
+    hold, _ = take(store, new_key())
+    stream = store.stream()
+    nobodys = stream.begin(Completion(hold._replace(nonce=os.urandom(16)), None, 600.0))
+    client.close()
+    ours = stream.begin(Completion(hold, None, 600.0))
+    told = {one.ticket: one.durable for one in stream.settle()}
+    assert told[nobodys] is not True
+    assert told[ours] is not False
+    assert complete(store, hold)
+    again = stream.begin(Completion(hold, None, 600.0))
+    assert stream.settle() == [Settled(again, True)]
+    stream.close()
+
+
 def test_a_forked_process_uses_connections_of_its_own(server: PrivateRedis) -> None:
     """Parent and children go on with the store that was opened, and used, before the fork; no answer is mixed up."""
     script = textwrap.dedent("""

@@ -84,9 +84,7 @@ class Settles:
 
 def test_at_home_it_is_done_at_once() -> None:
     """In the owner's thread nothing waits, and what is raised comes out."""
-    home, done = HomeThread(), []
-    home.call(done.append, 1)
-    assert done == [1]
+    home = HomeThread()
     assert home.ask(len, "abc") == 3
     with pytest.raises(ZeroDivisionError):
         home.ask(lambda: 1 / 0)
@@ -96,7 +94,7 @@ def test_from_elsewhere_it_waits_for_the_owner() -> None:
     """What others post is done by the owner, in the order in which it came, and the owner is woken."""
     woken: list[int] = []
     home, done = HomeThread(lambda: woken.append(1)), []
-    elsewhere(lambda: [home.call(done.append, number) for number in range(3)])
+    elsewhere(lambda: [home.post(done.append, number) for number in range(3)])
     assert done == []
     assert len(woken) == 3
     home.run_pending()
@@ -136,7 +134,6 @@ def test_closed_drops_posts_and_answers_askers() -> None:
     assert isinstance(asking.answer(), ConnectionResetError)
     elsewhere(lambda: home.post(done.append, "late"))
     assert isinstance(elsewhere(lambda: home.ask(done.append, "late")), ConnectionResetError)
-    home.call(done.append, "at home")
     with pytest.raises(ConnectionResetError):
         home.ask(done.append, "at home")
     home.run_pending()

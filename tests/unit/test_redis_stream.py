@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import socket
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from redis.connection import Connection
 
 from idempotent_bus.model import Completion, Hold, Settled
 from idempotent_bus.stores.redis_stream import RedisStream
 
 ONE = Completion(Hold(b"k" * 16, 1, b"n" * 16), None, 60.0)
+
+
+class FakeConnection(Connection):
+    """One that is open: what is sent goes to the other end, and redis-py reads as always."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        self._sock = server.sock
+        self._parser.on_connect(self)
+        self.server = server
+
+    def send_command(self, *args: Any, **kwargs: Any) -> None:
+        """Answered at once."""
+        self.server.end.sendall(b"+OK\r\n")
+
+    def disconnect(self, *args: Any, **kwargs: Any) -> None:
+        """Counted; the socket stays."""
+        self.server.broken += 1
 
 
 class Server:
@@ -25,17 +43,8 @@ class Server:
 
     def get_connection(self) -> Any:
         """As a pool."""
-        return SimpleNamespace(
-            _sock=self.sock,
-            send_command=lambda *_: None,
-            read_response=lambda: None,
-            send_packed_command=lambda packed, check_health: self.sock.sendall(packed[0]),
-            disconnect=self.disconnect,
-        )
-
-    def disconnect(self) -> None:
-        """As a connection."""
-        self.broken += 1
+        self.connection = FakeConnection(self)  # kept: at its end redis-py disconnects it too
+        return self.connection
 
     def release(self, connection: Any) -> None:
         """As a pool."""
@@ -88,7 +97,6 @@ def test_an_error_is_asked_singly_and_its_neighbours_are_not() -> None:
     "answer",
     [
         pytest.param(b"-READONLY You can't write against a read only replica.\r\n", id="a master that is none now"),
-        pytest.param(b">2\r\n$3\r\nabc\r\n", id="news"),
         pytest.param(b"$1\r\n1\r\n", id="another type"),
         pytest.param(b"", id="the end"),
     ],
@@ -103,3 +111,31 @@ def test_what_is_no_reply_leaves_all_in_doubt(answer: bytes) -> None:
     assert stream.settle() == [Settled(1, True), Settled(2, None), Settled(3, None)]
     assert server.broken == 1
     assert stream.pending == 0
+
+
+def test_news_of_the_server_is_skipped() -> None:
+    """RESP3: what the server tells by itself is no reply, whatever is in it, and disturbs none (I4)."""
+    server = Server()
+    stream = server.stream(3)
+    server.end.sendall(b":0\r\n>3\r\n$6\r\nMOVING\r\n:1\r\n:30\r\n:1\r\n:0\r\n")
+    assert stream.settle() == [Settled(1, False), Settled(2, True), Settled(3, False)]
+    assert server.broken == 0
+
+
+@pytest.mark.parametrize("then", ["begin", "poll", "settle"])
+def test_a_client_that_is_closed_leaves_all_in_doubt(then: str) -> None:
+    """Somebody closes the client while completions are under way: no reply of another connection is taken for theirs,
+    and no error comes out (I4)."""
+    server = Server()
+    stream = server.stream(2)
+    server.connection._sock = None  # as redis-py's `disconnect`
+    server.sock.close()
+    if then == "begin":
+        assert stream.begin(ONE) == 3
+        assert stream.poll() == [Settled(1, None), Settled(2, None), Settled(3, None)]
+    else:
+        assert getattr(stream, then)() == [Settled(1, None), Settled(2, None)]
+    server.__init__()  # type: ignore[misc]  # the pool opens another
+    ticket = stream.begin(ONE)
+    server.end.sendall(b":1\r\n")
+    assert stream.settle() == [Settled(ticket, True)]

@@ -2,10 +2,9 @@
 
 redis-py's `execute_command` costs more than the round trip: a checkout and a return with locks and counters, a probe of
 the socket, wrappers for retries, packing argument by argument. Here a few connections stay checked out between the
-commands, and a command is one `send_packed_command` and one `read_response` of redis-py's own connection, so that TLS,
-passwords, Sentinel's managed connections and RESP3 are as redis-py has them. What goes wrong on the way is not dealt
-with here: the caller asks again through the client itself, with its retries. (`transports/redis/wire.py` goes further
-and reads the bytes itself, since it must never send anything twice.)
+commands, and a command is one `send_packed_command` of redis-py's own connection and one read of its socket, so that
+TLS, passwords, Sentinel's managed connections and RESP3 are as redis-py has them. What goes wrong on the way is not
+dealt with here: the caller asks again through the client itself, with its retries.
 """
 
 from __future__ import annotations
@@ -16,7 +15,10 @@ from functools import lru_cache
 from typing import Any
 
 from redis.connection import ConnectionPool
-from redis.exceptions import ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ReadOnlyError, ResponseError
+
+from ..replies import replies_of
 
 __all__ = ["Lean", "pack"]
 
@@ -65,15 +67,14 @@ class Lean:
             connection = self._pool.get_connection()
         try:
             connection.send_packed_command((packed,))
-            reply = connection.read_response(disable_decoding=True)
-        except ResponseError:
-            self._give_back(connection)
-            raise
+            reply = _reply(connection)
         except BaseException:
             connection.disconnect()  # the reply may still come: it must not be taken for the next command's
             self._pool.release(connection)
             raise
         self._give_back(connection)
+        if isinstance(reply, ResponseError):
+            raise reply
         return reply
 
     def _give_back(self, connection: Any) -> None:
@@ -92,3 +93,13 @@ class Lean:
         """Give everything back to the pool. It may be used again."""
         while self._spare and self._pid == os.getpid():
             self._pool.release(self._spare.pop())
+
+
+def _reply(connection: Any) -> Any:
+    """The reply to the one command that was sent; an error reply is not raised. Raises redis-py's other errors."""
+    reply = replies_of(connection).reply()
+    if isinstance(reply, ReadOnlyError):  # a master that is none now: another connection is better
+        raise RedisConnectionError("the Redis server has become a replica") from reply
+    if isinstance(reply, RedisConnectionError):  # it is loading, say
+        raise reply
+    return reply

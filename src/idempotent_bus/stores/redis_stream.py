@@ -1,15 +1,14 @@
 """Completions that are sent to Redis at once and not waited for, over one connection of the client's own pool.
 
 Replies come in the order of the sends, so the connection is the order of the tickets. redis-py opens it; the replies
-are read from its socket, since each is a short number and there is one for each message. When it breaks, every
-completion that was under way is in doubt, and is told as that; the next one goes over a new connection. A refusal (a
-script that was flushed, a server that is full) proves that this one was not done: it is asked again, singly. Only then
-may a kill repeat more than the effect that it struck.
+are read from its socket, since each is a short number and there is one for each message. When it breaks, or somebody
+closes the client, every completion that was under way is in doubt, and is told as that; the next one goes over a new
+connection. A refusal (a script that was flushed, a server that is full) proves that this one was not done: it is asked
+again, singly. Only then may a kill repeat more than the effect that it struck.
 """
 
 from __future__ import annotations
 
-import select
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,10 +16,11 @@ from typing import Any
 
 from redis.connection import ConnectionPool
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 
 from ..errors import StoreError
 from ..model import Completion, Settled
+from ..replies import replies_of
 
 __all__ = ["RedisStream"]
 
@@ -29,8 +29,6 @@ _MOST = 1000
 #: Bytes under way at most, unless a single completion has more. The server reads so many at once, does what is in them,
 #: and only then answers; where it cannot, since the client was killed, it reads no more, and what has left is lost.
 _MOST_BYTES = 16 * 1024
-#: What is read at once at most; a reply has some five bytes.
-_PIECE = 16 * 1024
 
 
 class RedisStream:
@@ -60,9 +58,7 @@ class RedisStream:
         self._begun = 0
         self._under_way: deque[tuple[int, Completion, int]] = deque()
         self._bytes = 0
-        #: Lines that have been read and are not yet looked at, the last one perhaps not to its end.
-        self._lines: deque[bytes] = deque()
-        self._rest = b""
+        self._replies: Any = None  # of `replies_of`, while there is a connection
         self._ended: list[Settled] = []
 
     @property
@@ -94,7 +90,8 @@ class RedisStream:
                 except ResponseError:  # not allowed to this user, say
                     self.survives = False
                     raise
-            connection.send_packed_command((packed,), check_health=False)
+                self._replies = replies_of(connection)
+            self._replies.send(packed)
         except (RedisError, OSError):
             self._broken()
         except BaseException:
@@ -127,14 +124,11 @@ class RedisStream:
             self.close()
 
     def _readable(self, timeout: float) -> bool:
-        """Whether an answer is there, or it cannot be told without reading."""
-        sock = self._connection._sock
-        if self._lines or getattr(sock, "pending", int)():  # TLS: decrypted already
-            return True
         try:
-            return bool(select.select((sock,), (), (), timeout)[0])
-        except ValueError:  # more open files than select can name, or the socket is closed
-            return True
+            return bool(self._replies.is_there(timeout))
+        except (RedisError, OSError):
+            self._broken()
+            return False
 
     def _read_one(self) -> None:
         """Read the reply of the first that is under way."""
@@ -142,13 +136,13 @@ class RedisStream:
         durable: bool | None = None
         try:
             reply = self._reply()
+            self._under_way.popleft()
         except (RedisError, OSError):
             self._broken()
             return
         except BaseException:
             self._broken()
             raise
-        self._under_way.popleft()
         self._bytes -= size
         if reply is not None:
             durable = self._accept(completion, reply)
@@ -158,19 +152,13 @@ class RedisStream:
         self._ended.append(Settled(ticket, durable))
 
     def _reply(self) -> int | None:
-        """The next reply, a number; None: an error, so that this one was not done. Raises the connection's errors."""
-        while not self._lines:
-            data = self._connection._sock.recv(_PIECE)
-            if not data:
-                raise RedisConnectionError("the Redis server has closed the connection")
-            *lines, self._rest = (self._rest + data).split(b"\r\n")
-            self._lines.extend(lines)
-        line = self._lines.popleft()
-        if line.startswith(b":"):
-            return int(line[1:])
-        if line.startswith(b"-") and not line.startswith(b"-READONLY"):  # by that a master says that it is none now
+        """The next reply, a number; None: an error, so that this one was not done. Raises redis-py's errors."""
+        reply = self._replies.reply()
+        if isinstance(reply, ResponseError) and not isinstance(reply, ReadOnlyError):
             return None
-        raise RedisConnectionError("the Redis server has sent what is no reply of the script")
+        if not isinstance(reply, int):  # a master that is none now, say: another connection is better
+            raise RedisConnectionError("the Redis server has sent what is no reply of the script")
+        return reply
 
     def _broken(self) -> None:
         """The connection is gone, or what it would say next is unknown: all that was under way is in doubt."""
@@ -184,5 +172,3 @@ class RedisStream:
     def _forget(self) -> None:
         self._under_way.clear()
         self._bytes = 0
-        self._lines.clear()
-        self._rest = b""

@@ -16,8 +16,8 @@ from time import monotonic
 from typing import Any
 
 from redis import exceptions
-from redis._parsers.base import BaseParser
 
+from ...replies import Replies
 from .scripts import Script
 
 __all__ = ["Command", "Wire"]
@@ -44,12 +44,6 @@ def pack(arguments: Sequence[Any]) -> bytes:
     return b"".join(parts)
 
 
-def _error(text: bytes) -> Exception:
-    """The exception that redis-py has for an error reply."""
-    error: Exception = BaseParser.parse_error(text.decode(errors="replace"))  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
-    return error
-
-
 class Wire:
     """One connection, for one thread at a time. Connects at first use and again after an error.
 
@@ -72,8 +66,7 @@ class Wire:
         self._before_drop = before_drop  # a poller must forget the socket while it still has its number
         self._connection: Any = None
         self._sock: socket.socket | None = None
-        self._buffer = b""
-        self._position = 0
+        self._replies: Any = None  # Replies, while the socket is open
         self._used_at = 0.0
         self._pid = os.getpid()
         #: True while the server tells us of changes.
@@ -97,7 +90,7 @@ class Wire:
             connection = self._connection = self._pool.get_connection()
         connection.connect()
         self._sock = connection._sock
-        self._buffer, self._position = b"", 0
+        self._replies = Replies(self._sock)
         self.changed.clear()
         try:
             self._sock.settimeout(self._timeout_of(None))
@@ -232,42 +225,10 @@ class Wire:
         except OSError as error:
             raise exceptions.ConnectionError(f"Error while writing to the Redis server: {error}") from error
 
-    def _more(self, sock: socket.socket) -> None:
-        try:
-            data = sock.recv(262144)
-        except TimeoutError as error:
-            raise exceptions.TimeoutError("Timeout reading from the Redis server") from error
-        except (BlockingIOError, ssl.SSLWantReadError):
-            raise
-        except OSError as error:
-            raise exceptions.ConnectionError(f"Error while reading from the Redis server: {error}") from error
-        if not data:
-            raise exceptions.ConnectionError("Connection closed by the Redis server")
-        self._buffer = self._buffer[self._position :] + data
-        self._position = 0
-
-    def _line(self) -> bytes:
-        while True:
-            end = self._buffer.find(b"\r\n", self._position)
-            if end >= 0:
-                line = self._buffer[self._position : end]
-                self._position = end + 2
-                return line
-            assert self._sock is not None
-            self._more(self._sock)
-
-    def _bulk(self, size: int) -> bytes:
-        while len(self._buffer) - self._position < size + 2:
-            assert self._sock is not None
-            self._more(self._sock)
-        start = self._position
-        self._position = start + size + 2
-        return self._buffer[start : start + size]
-
     def _read(self) -> Any:
         """The next reply. What the server tells by itself is noted on the way."""
         while True:
-            value, told = self._value()
+            value, told = self._replies.value()
             if not told:
                 return value
             self._note(value)
@@ -277,38 +238,6 @@ class Wire:
             # None stands for a flushed database: anything may have changed.
             self.changed.extend(push[1] if push[1] is not None else [b""])
 
-    def _value(self) -> tuple[Any, bool]:
-        line = self._line()
-        kind, rest = line[:1], line[1:]
-        if kind == b"$" or kind == b"=":
-            size = int(rest)
-            if size < 0:
-                return None, False
-            text = self._bulk(size)
-            return (text[4:] if kind == b"=" else text), False
-        if kind == b":":
-            return int(rest), False
-        if kind in b"*~>":
-            size = int(rest)
-            if size < 0:
-                return None, False
-            return [self._value()[0] for _ in range(size)], kind == b">"
-        if kind == b"+":
-            return rest, False
-        if kind == b"%":
-            return [self._value()[0] for _ in range(2 * int(rest))], False
-        if kind == b"-":
-            return _error(rest), False
-        if kind == b"!":
-            return _error(self._bulk(int(rest))), False
-        if kind == b"_":
-            return None, False
-        if kind == b"#":
-            return rest == b"t", False
-        if kind in b",(":
-            return rest, False
-        raise exceptions.InvalidResponse(f"Unexpected reply from the Redis server: {line[:20]!r}")
-
     # --- waiting ------------------------------------------------------------------------------------------
 
     def listen(self) -> None:
@@ -317,8 +246,8 @@ class Wire:
         if sock is None:
             return
         try:
-            while self._position < len(self._buffer) or self._arrived(sock):
-                value, told = self._value()
+            while self._replies.has_rest or self._arrived(sock):
+                value, told = self._replies.value()
                 if not told:
                     raise exceptions.ConnectionError("A reply came that nobody waits for")
                 self._note(value)
@@ -330,7 +259,7 @@ class Wire:
         """Read what is there, if anything. A readable TLS socket may have no byte for us (a session ticket)."""
         sock.settimeout(0)
         try:
-            self._more(sock)
+            self._replies.more()
         except (BlockingIOError, ssl.SSLWantReadError):
             return False
         finally:
@@ -340,7 +269,7 @@ class Wire:
     @property
     def pending(self) -> bool:
         """Whether bytes were read from the socket and not yet looked at: waiting for the socket would miss them."""
-        if self._position < len(self._buffer):
+        if self._replies is not None and self._replies.has_rest:
             return True
         sock = self._sock
         return bool(sock is not None and hasattr(sock, "pending") and sock.pending())
