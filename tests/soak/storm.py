@@ -27,6 +27,7 @@ from consumer_rig import Broker
 from idempotent_bus import delays, hooks, schema
 from idempotent_bus.headers import DEAD_REASON
 from idempotent_bus.identity import record_key
+from idempotent_bus.policy import LONGEST_SPREAD
 from proxy import Proxy, through
 
 from .cells import Cell
@@ -350,7 +351,7 @@ class Storm:
                     self.say(f"{self.cell.name}: {len(self.done)} of {len(self.wanted)}, {self._killed()} kills")
                 quiet = now - self._changed
                 is_done = len(self.landed) == self.blocks and self._is_done()
-                if is_done and quiet > self.doses.lease + 1.5 and self.trouble is None:
+                if is_done and quiet > LONGEST_SPREAD * self.doses.lease + 2.0 and self.trouble is None:
                     break
                 if quiet > _STUCK and self.trouble is None:
                     why = "stuck"
