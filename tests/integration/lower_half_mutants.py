@@ -72,7 +72,7 @@ MUTANTS = [
     Mutant(
         "a_completed_copy", "acked before completed", "acked only after the completion is durable",
         Executor, "finish", (
-            ("self._step(ACK, execution.work.settle.ack)\n        execution.ending", "execution.ending"),
+            ("return self._ack(execution, execution.completed)", "return execution.completed"),
             ("if execution.completed is None:", "self._step(ACK, execution.work.settle.ack)\n        if True:"),
         ),
     ),
@@ -324,7 +324,7 @@ MUTANTS = [
     ),
     Mutant(
         "manual_completion", "complete does not ack", "complete acks",
-        Executor, "finish", (("self._step(ACK, execution.work.settle.ack)", "pass"),),
+        Executor, "_ack", (("self._step(ACK, execution.work.settle.ack)", "pass"),),
     ),
     Mutant(
         "manual_completion", "a failure is forgotten", "fail lets it run again",
