@@ -109,6 +109,8 @@ class Deliveries:
             if way is None:
                 return None
         on_message, accept, consumer_tag, exchange, routing_key = way
+        if consumer_tag not in channel.callbacks:
+            return None  # it was cancelled: py-amqp gives the message back
         delivery_tag, redelivered = _TAG.unpack_from(buffer, tag_end)
 
         properties = self._properties(buffer, method_end + 22, header_end, flags)
@@ -149,7 +151,7 @@ class Deliveries:
     def _way(self, before: bytes, behind: bytes) -> _Way | None:
         tag = before[1:].decode()
         known = self._consumers.get(tag)
-        if known is None or tag not in self._channel.callbacks:
+        if known is None:
             return None
         exchange_end = 1 + behind[0]
         if behind[exchange_end] != len(behind) - exchange_end - 1:

@@ -100,16 +100,11 @@ class Finishing:
 
         key: the message's record. If its own completion is under way, the claim would find it busy.
         """
-        if not self._under_way:
-            return
-        now = self._clock()
-        if len(self._under_way) < _MOST and now - self._looked_at < _LOOK and key not in self._keys:
-            return  # it was looked at a moment ago
         while self._under_way:
+            now = self._clock()
             since = next(iter(self._under_way.values()))[2]
             if len(self._under_way) >= _MOST or now - since >= _LONGEST or key in self._keys:
                 self._take(self._answers(self._stream.settle))
-                now = self._clock()
                 continue
             if now - self._looked_at >= _LOOK:
                 self._looked_at = now

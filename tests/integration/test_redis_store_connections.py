@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fakeredis import FakeRedis
-from redis import BlockingConnectionPool, ConnectionPool, Redis
+from redis import BlockingConnectionPool, Connection, ConnectionPool, Redis
 from redis.sentinel import Sentinel
 from redis_transport_rig import PrivateServer, one_server, server, until
 from test_redis_transport_schemes import Sentinels, secure, sentinels
@@ -128,6 +128,42 @@ def test_odd_clients(server: PrivateServer) -> None:
     for number, client in enumerate((Redis(port=port, single_connection_client=True), Redis(port=port, protocol=2))):
         work(RedisStore(client, prefix=f"odd{number}:"), range(20))
     work(RedisStore(FakeRedis()), range(20))
+
+
+class ReadsInItsOwnWay(Connection):
+    """A user's own class."""
+
+    reads = 0
+
+    def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        """Counted."""
+        ReadsInItsOwnWay.reads += 1
+        return super().read_response(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["own class", "health checks", "fakeredis"])
+def test_replies_are_redis_pys_to_read_where_it_has_another_way(server: PrivateServer, kind: str) -> None:
+    """Single commands and streams: the connection's own `read_response` is asked, and all is told as it is (I4)."""
+    port = server.client.connection_pool.connection_kwargs["port"]
+    client = {
+        "own class": lambda: Redis(connection_pool=ConnectionPool(port=port, connection_class=ReadsInItsOwnWay)),
+        "health checks": lambda: Redis(port=port, health_check_interval=1),
+        "fakeredis": FakeRedis,
+    }[kind]()
+    store = RedisStore(client, prefix=f"{kind}:")
+    stream, tickets = store.stream(), {}
+    before = ReadsInItsOwnWay.reads
+    for number in range(20):
+        request = ask(number)
+        claimed = store.claim(request)
+        assert isinstance(claimed, Claimed)
+        nonce = request.nonce if number % 2 else b"nobody's".ljust(16)
+        tickets[stream.begin(Completion(Hold(request.key, claimed.token, nonce), None, 600.0))] = bool(number % 2)
+    assert {one.ticket: one.durable for one in stream.settle()} == tickets
+    assert seen(store, range(1, 20, 2))
+    if kind == "own class":
+        assert ReadsInItsOwnWay.reads - before >= 40  # of each claim and each completion
+    store.close()
 
 
 def test_streams_of_threads_that_are_over_give_their_connections_back(server: PrivateServer) -> None:
