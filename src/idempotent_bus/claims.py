@@ -129,6 +129,13 @@ class Claims:
             for index, request, outcome in zip(chosen, asked, outcomes, strict=True)
         }
 
+    def fresh(self, work: Work, *, reserve: bool) -> ClaimRequest | None:
+        """A request for a message that is about to be claimed along with a completion, as `singly` would make it.
+
+        None while any claim is in doubt: then each is asked for in its turn, with the nonce that it had.
+        """
+        return None if self._doubtful or self.silence else self._request(work, reserve=reserve)
+
     def remember(self, request: ClaimRequest) -> None:
         """For a message that is put off in doubt: the claim may be ours without our knowing.
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from .abandoned import AbandonedRecord, note_of
@@ -135,7 +135,10 @@ class Executor:
                     # Its reply was lost, or neighbours took long: asking again with the same nonce tells whether
                     # it is ours.
                     claim = claims.singly(work, claim.request)
+                along = streamed is not None and self._claim_along(streamed, works, index + 1, ahead)
                 ending = self._dispatch(work, claim, finish)
+                if along and streamed is not None and (claim := streamed.claimed()) is not None:
+                    ahead[index + 1] = claim
                 silent = ending.how is Ended.IN_DOUBT and bool(claims.silence)
                 endings.append(ending)
             if streamed is not None:
@@ -145,12 +148,23 @@ class Executor:
                 claims.give_back(claim)
             if streamed is not None:
                 streamed.leave()
+                if (claim := streamed.claimed()) is not None:
+                    claims.give_back(claim)
             raise
         if streamed is not None:
             return [  # by place: going through the works may end with an error
                 streamed.ended(works[index]) if ending is UNDER_WAY else ending for index, ending in enumerate(endings)
             ]
         return endings
+
+    def _claim_along(self, streamed: Finishing, works: Sequence[Work], index: int, ahead: Mapping[int, Claim]) -> bool:
+        """Let the next message be claimed with this one's completion, if it is not claimed yet."""
+        if index in ahead or index == len(works) or not streamed.can_claim:
+            return False
+        request = self._claims.fresh(works[index], reserve=self._failing.is_too_old(works[index]))
+        if request is not None:
+            streamed.then(request)
+        return request is not None
 
     def _streamed(self) -> Finishing | None:
         """For a window: its completions, if the store can take them without being waited for."""

@@ -4,6 +4,9 @@ A handler's completion leaves as soon as it has returned, so the time between an
 way is what it is for a single message. What is not waited for is the answer: it is read when the window is through, or
 before another handler starts while too many are under way. Only then is the message acked (I4). What the stream cannot
 tell clearly is asked again the ordinary way, which repeats `complete` with the same hold until it tells (I15).
+
+Where messages are claimed singly, the next one's claim goes along with a completion, so that each message waits for one
+answer and not for two.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final
 
+from .claims import Claim
 from .errors import StoreError
 from .execution import LeasedExecution
-from .hooks import COMPLETE, DURABLE, Step
-from .model import Completion, Settled
-from .store import CompletionStream, StreamStore
+from .hooks import CLAIM, COMPLETE, DURABLE, Step
+from .model import ClaimRequest, Completion, Settled
+from .store import ClaimingStream, CompletionStream, StreamStore
 from .work import Ended, Ending, Work
 
 __all__ = ["UNDER_WAY", "Finish", "Finishing", "Streams"]
@@ -81,12 +85,43 @@ class Finishing:
         #: True once the store gave no clear answer to a completion of this window.
         self.in_doubt = False
         self._ended: dict[Work, Ending] = {}
+        self._claiming = stream if isinstance(stream, ClaimingStream) else None
+        #: The claim that goes with the next completion, and when that left.
+        self._next: ClaimRequest | None = None
+        self._next_left: float | None = None
+
+    @property
+    def can_claim(self) -> bool:
+        """Whether the next message's claim can go along with a completion."""
+        return self._claiming is not None
+
+    def then(self, request: ClaimRequest) -> None:
+        """Before a handler runs: let the next message's claim go with its completion. `claimed` tells of it."""
+        assert self._claiming is not None
+        self._claiming.then(request)
+        self._next, self._next_left = request, None
+
+    def claimed(self) -> Claim | None:
+        """The claim that went with the last completion, and its answer; waits for it. None: none has left."""
+        request, left = self._next, self._next_left
+        if request is None or self._claiming is None:
+            return None
+        self._next = self._next_left = None
+        if left is None:
+            self._claiming.claimed()  # so that it never leaves
+            return None
+        try:
+            return Claim(request, self._step(CLAIM, self._claiming.claimed), left)
+        except StoreError:  # an injected fault: a stream raises nothing
+            return Claim(request, None, left)
 
     def begin(self, execution: LeasedExecution, value: Any, /) -> Ending:
         """Send the completion. UNDER_WAY, or how it ended if that is known at once."""
         with execution.lock:
             if execution.completed is not None:  # by the handler itself
                 return self._finish(execution, value)
+            if self._next is not None:
+                self._next_left = self._clock()
             try:
                 ticket = self._step(COMPLETE, self._stream.begin, self._completion(execution, value))
             except StoreError:  # an injected fault: a stream raises nothing

@@ -39,6 +39,7 @@ from .model import ClaimOutcome, ClaimRequest, Completion, Hold, Record, Settled
 __all__ = [
     "BatchCompletionStore",
     "BatchStore",
+    "ClaimingStream",
     "CompletionStream",
     "ForgetStore",
     "LookupStore",
@@ -160,6 +161,29 @@ class CompletionStream(Protocol):
 
     def close(self) -> None:
         """Let go of the connection. What is under way stays so, and is never told of: `settle` first."""
+        ...
+
+
+@runtime_checkable
+class ClaimingStream(CompletionStream, Protocol):
+    """A stream that can carry a claim along with a completion, so that the next message costs no round trip of its own.
+
+    The claim is made behind the completion, in the same step, as `Store.claim` makes it.
+    """
+
+    def then(self, request: ClaimRequest, /) -> None:
+        """Let this claim go with the next completion that is begun. Before the handler runs, so that it delays nothing.
+
+        It takes the place of one that was given before and has not left.
+        """
+        ...
+
+    def claimed(self) -> ClaimOutcome | None:
+        """The answer to the claim that left with the last `begin`, told once; waits for it.
+
+        None: none has left, or nothing is known of its outcome: ask again with the same request. A claim that was
+        given and has not left never will.
+        """
         ...
 
 

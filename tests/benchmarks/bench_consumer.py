@@ -10,7 +10,11 @@ plain      kombu's Consumer, a callback that acks
 set nx     the same, with redis-py's SET NX before and an ack after: the guard that most people write
 tuned      our consumer's loop and acks, with no guard at all: no id is looked for, nothing is claimed, nobody compares
            bodies. What the guard itself costs is the difference to `window`
-singly     the guarded handler as a bare kombu callback, one message at a time
+two pings  kombu's Consumer, with two PINGs to Redis over a bare socket before the ack: what a guard can reach at most that
+           waits for two answers
+singly     the guarded handler as a bare kombu callback: it has returned, and acked, before the next one is called
+in turn    IdempotentConsumer where messages are not claimed together (`on_abandoned="quarantine"`): each is claimed in
+           its turn, with the completion before it, and waits for one answer
 window     the guarded handler in IdempotentConsumer, as its defaults are
 """
 
@@ -71,8 +75,10 @@ class Bench:
         self.ways: dict[str, Callable[[str, int], None]] = {
             "plain": self.plain,
             "set nx": self.set_nx,
+            "two pings": self.two_pings,
             "tuned": self.tuned,
             "singly": self.singly,
+            "in turn": self.in_turn,
             "window": self.window,
         }
 
@@ -103,9 +109,27 @@ class Bench:
         """A mark first, then the handler: what loses a message if the worker dies in between."""
         self.plain(queue, count, lambda body: bool(self.redis.set(body["payment_id"], 1, nx=True, ex=600)))
 
-    def handler(self) -> Any:
+    def two_pings(self, queue: str, count: int) -> None:
+        """Two round trips, and nothing else."""
+        connection = self.redis.connection_pool.get_connection()
+        sock = connection._sock
+
+        def ping(body: Any) -> bool:
+            for _ in range(2):
+                sock.sendall(b"*1\r\n$4\r\nPING\r\n")
+                sock.recv(100)
+            return True
+
+        self.plain(queue, count, ping)
+        self.redis.connection_pool.release(connection)
+
+    def handler(self, **more: Any) -> Any:
         """The guarded handler that does nothing."""
-        return idempotent_consumer(self.store, scope=self.scope, biz_id="payment_id")(noop)
+        return idempotent_consumer(self.store, scope=self.scope, biz_id="payment_id", **more)(noop)
+
+    def in_turn(self, queue: str, count: int) -> None:
+        """IdempotentConsumer, claiming one by one."""
+        self.window(queue, count, self.handler(on_abandoned="quarantine"))
 
     def singly(self, queue: str, count: int) -> None:
         """The guarded handler as a bare callback."""
@@ -163,7 +187,7 @@ def main() -> None:
     parser.add_argument("--store", choices=("redis", "postgresql"), default="redis")
     parser.add_argument("--messages", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ways", default="plain,set nx,tuned,singly,window")
+    parser.add_argument("--ways", default="plain,set nx,two pings,tuned,singly,in turn,window")
     options = parser.parse_args()
     bench = Bench(options.broker, options.store)
     names = options.ways.split(",")

@@ -797,6 +797,91 @@ def test_redelivered_messages_are_claimed_singly_in_their_turn(bench: Bench) -> 
     assert bench.steps.passed.count(CLAIM) == 3
 
 
+def came_back(bench: Bench, *names: str, **handlers: Callable[[], Any]) -> list[Work]:
+    """Messages that were here before, so that each is claimed singly, in its turn."""
+    return [bench.work(handlers.get(name, lambda: None), name, redelivered=True) for name in names]
+
+
+def test_a_claim_goes_along_with_the_completion_before(bench: Bench) -> None:
+    """Where messages are claimed singly: the next one's claim leaves with a completion, and only its answer is waited
+    for; its attempt is counted before its handler starts (I12)."""
+    seen = {}
+    works = came_back(bench, "a", "b", "c", b=lambda: seen.setdefault("b", (state(bench, "b"), state(bench, "c"))))
+    assert hows(bench.executor().handle_window(works)) == ["completed"] * 3
+    assert bench.steps.passed == [CLAIM, HANDLER, COMPLETE] * 3 + [DURABLE] + [ACK] * 3
+    assert seen == {"b": (State.IN_PROGRESS, None)}
+    assert [attempts(bench, name) for name in "abc"] == [1, 1, 1]
+
+
+def test_a_claim_does_not_go_along_with_a_failure(bench: Bench) -> None:
+    """Nothing is sent before the handler is through; after one that raised, the next one is claimed by itself."""
+    works = came_back(bench, "a", "b", a=boom)
+    assert hows(bench.executor().handle_window(works)) == ["failed", "completed"]
+    assert bench.steps.passed == [CLAIM, HANDLER, RELEASE, WAIT, CLAIM, HANDLER, COMPLETE, DURABLE, ACK]
+    assert attempts(bench, "b") == 1
+
+
+def test_a_copy_is_claimed_behind_the_completion_of_the_first(bench: Bench) -> None:
+    """I2: two copies in a row: the second finds the first completed, and does not run."""
+    runs: list[int] = []
+    works = [bench.work(lambda: runs.append(1), "a", redelivered=True) for _ in range(2)]
+    assert hows(bench.executor().handle_window(works)) == ["completed", "replayed"]
+    assert runs == [1]
+
+
+@pytest.mark.parametrize("how", ["error", "reply_lost"])
+def test_a_claim_along_that_is_in_doubt_is_asked_again(bench: Bench, how: str) -> None:
+    """I9: no answer, no handler. Asked again with the same nonce it is recognised, and costs one attempt."""
+    works = came_back(bench, "a", "b")
+    bench.steps.at(CLAIM, None)
+    getattr(bench.steps, how)(CLAIM)
+    assert hows(bench.executor().handle_window(works)) == ["completed"] * 2
+    assert bench.steps.passed.count(CLAIM) == 3
+    assert attempts(bench, "b") == 1
+
+
+@pytest.mark.parametrize("how", ["error", "reply_lost"])
+def test_a_completion_in_doubt_that_took_a_claim_along(bench: Bench, how: str) -> None:
+    """I15: the completion is repeated; the claim that may have left with it is asked for with the same nonce."""
+    works = came_back(bench, "a", "b")
+    getattr(bench.steps, how)(COMPLETE)
+    assert hows(bench.executor().handle_window(works)) == ["completed"] * 2
+    assert answers(works) == ["ack"] * 2
+    assert [attempts(bench, name) for name in "ab"] == [1, 1]
+
+
+def test_a_claim_along_is_given_back_if_its_handler_never_starts(bench: Bench) -> None:
+    """The consumer is told to stop behind a completion: the next message's claim costs no attempt, and bars nobody."""
+
+    class UntilStopped(list[Work]):
+        def __iter__(self) -> Any:
+            for work in super().__iter__():
+                if state(bench, "a") is State.COMPLETED:
+                    raise Killed
+                yield work
+
+    works = came_back(bench, "a", "b")
+    with pytest.raises(Killed):
+        bench.executor().handle_window(UntilStopped(works))
+    assert answers(works) == ["ack", ""]
+    assert (state(bench, "a"), state(bench, "b"), attempts(bench, "b")) == (State.COMPLETED, State.RELEASED, 0)
+
+
+def test_a_handler_that_ends_the_window_leaves_no_claim(bench: Bench) -> None:
+    """A signal in a handler: the claim that was to go along has not left, and never does."""
+
+    def killed() -> None:
+        raise Killed
+
+    works = came_back(bench, "a", "b", a=killed)
+    executor = bench.executor()
+    with pytest.raises(Killed):
+        executor.handle_window(works)
+    assert state(bench, "b") is None
+    assert hows(executor.handle_window([bench.work(lambda: None, name) for name in "cd"])) == ["completed"] * 2
+    assert state(bench, "b") is None
+
+
 def test_a_reservation_with_attempts_behind_it_is_counted(bench: Bench) -> None:
     """I12: a retry that came back through a delay queue looks like a first delivery; a run of it must be counted before
     it starts, or a worker that dies in it could do so for ever, every other time."""

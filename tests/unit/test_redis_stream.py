@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from redis.connection import Connection
 
-from idempotent_bus.model import Completion, Hold, Settled
+from idempotent_bus.model import Busy, ClaimOutcome, ClaimRequest, Completion, Hold, Settled
 from idempotent_bus.stores.redis_stream import RedisStream
 
 ONE = Completion(Hold(b"k" * 16, 1, b"n" * 16), None, 60.0)
+NEXT = ClaimRequest(b"l" * 16, b"n" * 16, 60.0, 600.0)
 
 
 class FakeConnection(Connection):
@@ -56,7 +57,19 @@ class Server:
 
     def stream(self, under_way: int) -> RedisStream:
         """A stream with so many completions under way."""
-        stream = RedisStream(self, "", lambda _: b"command", lambda _, reply: reply > 0, self.ask)  # type: ignore[arg-type]
+
+        def outcome(request: ClaimRequest, reply: bytes) -> ClaimOutcome | None:
+            return Busy(float(reply)) if reply != b"M" else None
+
+        stream = RedisStream(
+            self,  # type: ignore[arg-type]
+            "",
+            lambda _: b"command",
+            lambda _, reply: reply > 0,
+            self.ask,
+            lambda _: b" and claim",
+            outcome,
+        )
         for _ in range(under_way):
             stream.begin(ONE)
         return stream
@@ -139,3 +152,52 @@ def test_a_client_that_is_closed_leaves_all_in_doubt(then: str) -> None:
     ticket = stream.begin(ONE)
     server.end.sendall(b":1\r\n")
     assert stream.settle() == [Settled(ticket, True)]
+
+
+def test_a_claim_leaves_in_the_same_send_and_is_answered_behind(server: Server) -> None:
+    """One `sendall` for both; the reply behind the completion's is the claim's, and the next completion's follows."""
+    stream = server.stream(1)
+    stream.then(NEXT)
+    stream.begin(ONE)
+    stream.begin(ONE)
+    assert server.end.recv(100) == b"commandcommand and claimcommand"
+    assert stream.claimed() is None  # its answer is not for one that came later
+
+
+@pytest.mark.parametrize(
+    ("reply", "outcome"),
+    [
+        pytest.param(b"$1\r\n7\r\n", Busy(7.0), id="an answer"),
+        pytest.param(b"$1\r\nM\r\n", None, id="nothing yet"),
+        pytest.param(b"-NOSCRIPT No matching script.\r\n", None, id="refused"),
+        pytest.param(b":1\r\n", None, id="another type"),
+    ],
+)
+def test_a_claims_reply_touches_no_completion(server: Server, reply: bytes, outcome: ClaimOutcome | None) -> None:
+    """I9: what is no clear answer is none. The completions beside it are told of as ever."""
+    stream = server.stream(1)
+    stream.then(NEXT)
+    stream.begin(ONE)
+    server.end.sendall(b":1\r\n:1\r\n" + reply)
+    assert stream.claimed() == outcome
+    stream.begin(ONE)
+    server.end.sendall(b":0\r\n")
+    assert stream.settle() == [Settled(1, True), Settled(2, True), Settled(3, False)]
+    assert server.broken == 0
+
+
+def test_a_claim_whose_reply_does_not_come_is_in_doubt(server: Server) -> None:
+    """I9, I4: the connection goes, and nothing that it might still say is taken for an answer."""
+    stream = server.stream(0)
+    stream.then(NEXT)
+    stream.begin(ONE)
+    server.end.sendall(b":1\r\n$1\r\n7")
+    assert stream.claimed() is None
+    assert stream.settle() == [Settled(1, None)]
+    assert server.broken == 1
+
+
+@pytest.fixture
+def server() -> Server:
+    """A server of one's own."""
+    return Server()

@@ -220,24 +220,27 @@ class RedisStore:
         keys: list[bytes] = []
         values: list[bytes] = []
         for request in requests:
-            mark = request.fingerprint
-            if len(request.nonce) != NONCE_BYTES or (mark is not None and len(mark) != FINGERPRINT_BYTES):
-                raise ValueError(f"a nonce has {NONCE_BYTES} bytes, a fingerprint {FINGERPRINT_BYTES}")
-            record, layout, bucket, buckets = self._places(request.key)
-            keys += (record, self._counters[request.key[0]], layout, bucket)
-            values.append(
-                _REQUEST.pack(
-                    request.nonce,
-                    mark or b"",
-                    _count(request.redrive) if request.redrive else 0,
-                    _microseconds(request.lease),
-                    _milliseconds(request.lease + request.retention),
-                    request.reserve + (mark is not None) * _HAS_FINGERPRINT,
-                    buckets,
-                )
-            )
+            places, value = self._asking(request)
+            keys += places
+            values.append(value)
         replies: Any = self._run("claim", keys, values)
         return [replies] if len(requests) == 1 else replies
+
+    def _asking(self, request: ClaimRequest) -> tuple[tuple[bytes, bytes, bytes, bytes], bytes]:
+        """Keys and value for claim.lua."""
+        mark = request.fingerprint
+        if len(request.nonce) != NONCE_BYTES or (mark is not None and len(mark) != FINGERPRINT_BYTES):
+            raise ValueError(f"a nonce has {NONCE_BYTES} bytes, a fingerprint {FINGERPRINT_BYTES}")
+        record, layout, bucket, buckets = self._places(request.key)
+        return (record, self._counters[request.key[0]], layout, bucket), _REQUEST.pack(
+            request.nonce,
+            mark or b"",
+            _count(request.redrive) if request.redrive else 0,
+            _microseconds(request.lease),
+            _milliseconds(request.lease + request.retention),
+            request.reserve + (mark is not None) * _HAS_FINGERPRINT,
+            buckets,
+        )
 
     def renew(self, hold: Hold, /, *, lease: float, retention: float) -> bool:
         return self._renew([hold], lease, retention)[0]
@@ -290,19 +293,33 @@ class RedisStore:
         if self._lean is None:
             return DirectStream(self)
 
-        script = self._scripts("complete")
+        complete, claim = self._scripts("complete"), self._scripts("claim")
 
         def packed(completion: Completion) -> bytes:
             if not self._checked:
                 self._refuse_eviction()
-            return pack(script.name, *self._completion(completion.hold, completion.result, completion.retention))
+            return pack(complete.name, *self._completion(completion.hold, completion.result, completion.retention))
+
+        def claiming(request: ClaimRequest) -> bytes:
+            if not self._checked:
+                self._refuse_eviction()
+            places, value = self._asking(request)
+            return pack(claim.name, places, (value,))
+
+        def outcome(request: ClaimRequest, reply: bytes) -> ClaimOutcome | None:
+            if reply[:1] != b"M":
+                return _outcome(reply)
+            self._learn(request.key[0], int.from_bytes(reply[1:], "big"))
+            return None
 
         return RedisStream(
             self._client.connection_pool,
-            script.text,
+            complete.text,
             packed,
             lambda completion, reply: self._done(completion.hold, reply),
             lambda completion: self.complete(completion.hold, result=completion.result, retention=completion.retention),
+            claiming,
+            outcome,
         )
 
     def _completion(self, hold: Hold, result: bytes | None, retention: float) -> tuple[list[bytes], list[bytes]]:

@@ -1,5 +1,7 @@
 """Completions that are sent to Redis at once and not waited for, over one connection of the client's own pool.
 
+A claim may go along, in the same `sendall` and behind its completion, which spares the next message a round trip.
+
 Replies come in the order of the sends, so the connection is the order of the tickets. redis-py opens it; the replies
 are read from its socket, since each is a short number and there is one for each message. When it breaks, or somebody
 closes the client, every completion that was under way is in doubt, and is told as that; the next one goes over a new
@@ -19,7 +21,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 
 from ..errors import StoreError
-from ..model import Completion, Settled
+from ..model import ClaimOutcome, ClaimRequest, Completion, Settled
 from ..replies import replies_of
 
 __all__ = ["RedisStream"]
@@ -36,7 +38,7 @@ class RedisStream:
 
     pool: gives the connection, at the first completion. script: the text that the server must know. packed: the command
     for a completion. accept: what its reply means, or None if it must be asked singly. singly: `complete`, as the store
-    does it otherwise.
+    does it otherwise. claiming: the command for a claim. outcome: what its reply means, or None if it says nothing yet.
     """
 
     survives = True  # it is the kernel's once `begin` has returned
@@ -48,18 +50,26 @@ class RedisStream:
         packed: Callable[[Completion], bytes],
         accept: Callable[[Completion, int], bool | None],
         singly: Callable[[Completion], bool],
+        claiming: Callable[[ClaimRequest], bytes],
+        outcome: Callable[[ClaimRequest, bytes], ClaimOutcome | None],
     ) -> None:
         self._pool: Any = pool  # Any: redis-py types its connections for the sync and the async client at once
         self._script = script
         self._packed = packed
         self._accept = accept
         self._singly = singly
+        self._claiming = claiming
+        self._outcome_of = outcome
         self._connection: Any = None
         self._begun = 0
-        self._under_way: deque[tuple[int, Completion, int]] = deque()
+        #: With each completion its bytes, and the claim that went with it.
+        self._under_way: deque[tuple[int, Completion, int, ClaimRequest | None]] = deque()
         self._bytes = 0
         self._replies: Any = None  # of `replies_of`, while there is a connection
         self._ended: list[Settled] = []
+        self._next: tuple[ClaimRequest, bytes] | None = None
+        self._asked: ClaimRequest | None = None
+        self._outcome: ClaimOutcome | None = None
 
     @property
     def pending(self) -> int:
@@ -72,9 +82,14 @@ class RedisStream:
             packed = self._packed(completion)
         except (RedisError, OSError):
             packed = b""  # the server could not be asked whether it evicts
+        request, self._asked, self._outcome = None, None, None
+        if self._next is not None and packed:
+            request, claim = self._next
+            self._asked, packed = request, packed + claim
+        self._next = None
         while self._under_way and (len(self._under_way) >= _MOST or self._bytes + len(packed) > _MOST_BYTES):
             self._read_one()
-        self._under_way.append((ticket, completion, len(packed)))
+        self._under_way.append((ticket, completion, len(packed), request))
         self._bytes += len(packed)
         if not packed:
             self._broken()
@@ -98,6 +113,19 @@ class RedisStream:
             self._broken()  # a signal in the middle of a send: what the server has is unknown
             raise
         return ticket
+
+    def then(self, request: ClaimRequest, /) -> None:
+        try:
+            self._next = request, self._claiming(request)
+        except (RedisError, OSError):
+            self._next = None  # the server could not be asked whether it evicts
+
+    def claimed(self) -> ClaimOutcome | None:
+        self._next = None
+        while self._asked is not None and self._under_way:
+            self._read_one()
+        outcome, self._asked, self._outcome = self._outcome, None, None
+        return outcome
 
     def poll(self, timeout: float = 0.0) -> list[Settled]:
         while self._under_way and self._readable(0.0 if self._ended else timeout):
@@ -131,11 +159,13 @@ class RedisStream:
             return False
 
     def _read_one(self) -> None:
-        """Read the reply of the first that is under way."""
-        ticket, completion, size = self._under_way[0]
+        """Read the reply of the first that is under way, and that of the claim which went with it."""
+        ticket, completion, size, request = self._under_way[0]
         durable: bool | None = None
         try:
             reply = self._reply()
+            if request is not None:
+                self._read_claim(request)
             self._under_way.popleft()
         except (RedisError, OSError):
             self._broken()
@@ -159,6 +189,11 @@ class RedisStream:
         if not isinstance(reply, int):  # a master that is none now, say: another connection is better
             raise RedisConnectionError("the Redis server has sent what is no reply of the script")
         return reply
+
+    def _read_claim(self, request: ClaimRequest) -> None:
+        reply = self._replies.reply()
+        if request is self._asked and isinstance(reply, bytes):
+            self._outcome = self._outcome_of(request, reply)
 
     def _broken(self) -> None:
         """The connection is gone, or what it would say next is unknown: all that was under way is in doubt."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from contextlib import suppress
 
 from ..errors import StoreError
-from ..model import Completion, Settled
+from ..model import ClaimOutcome, ClaimRequest, Completion, Settled
 from ..store import BatchCompletionStore, Store
 
 __all__ = ["DirectStream", "GatheringStream"]
@@ -26,6 +27,8 @@ class DirectStream:
         self._store = store
         self._begun = 0
         self._ended: list[Settled] = []
+        self._next: ClaimRequest | None = None
+        self._outcome: ClaimOutcome | None = None
 
     @property
     def pending(self) -> int:
@@ -39,7 +42,19 @@ class DirectStream:
         except StoreError:
             durable = None
         self._ended.append(Settled(self._begun, durable))
+        self._outcome = None
+        if self._next is not None:
+            with suppress(StoreError):
+                self._outcome = self._store.claim(self._next)
+            self._next = None
         return self._begun
+
+    def then(self, request: ClaimRequest, /) -> None:
+        self._next = request
+
+    def claimed(self) -> ClaimOutcome | None:
+        outcome, self._outcome, self._next = self._outcome, None, None
+        return outcome
 
     def poll(self, timeout: float = 0.0) -> list[Settled]:
         ended, self._ended = self._ended, []

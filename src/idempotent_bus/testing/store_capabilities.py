@@ -31,6 +31,7 @@ from ..model import (
 from ..store import (
     BatchCompletionStore,
     BatchStore,
+    ClaimingStream,
     ForgetStore,
     LookupStore,
     PurgeStore,
@@ -268,6 +269,37 @@ class CompletionsContract:
             return told == {place: place not in wrong for place in range(1, 61)}
 
         assert race([lambda number=number: work(number) for number in range(5)]) == [True] * 5  # type: ignore[misc]
+
+    def test_a_claim_goes_along_with_a_completion(self, contract_store: Subject) -> None:
+        """Where a stream can: a claim behind a completion answers as `claim` does, whatever becomes of the completion;
+        of one that was not begun nothing is left."""
+        store = contract_store.store
+        stream = store.stream()
+        if not isinstance(stream, ClaimingStream):
+            stream.close()
+            return
+        singly, along = (_holds_of_every_kind(contract_store, 40) for _ in range(2))
+        for one, other in zip(singly, along, strict=True):
+            request, same = ask(new_key()), ask(other.hold.key)
+            store.complete(one.hold, result=one.result, retention=one.retention)
+            expected = [store.claim(ask(new_key())), store.claim(ask(one.hold.key))]
+            answers = []
+            for claim in (request, same):
+                stream.then(ask(new_key()))  # the next one takes its place
+                stream.then(claim)
+                stream.begin(other)
+                answers.append(stream.claimed())
+                assert stream.claimed() is None
+            assert [_shape(answer) for answer in answers] == [_shape(outcome) for outcome in expected]
+            assert store.claim(request) == answers[0], "it is the same claim"
+        assert [settled.ticket for settled in stream.settle()] == list(range(1, 2 * len(along) + 1))
+        never = ask(new_key())
+        stream.then(never)
+        assert stream.claimed() is None
+        stream.begin(along[0])
+        assert [settled.ticket for settled in stream.settle()] == [2 * len(along) + 1]
+        assert isinstance(store.claim(ask(never.key)), Claimed)
+        stream.close()
 
 
 def _holds_of_every_kind(subject: Subject, size: int) -> list[Completion]:
