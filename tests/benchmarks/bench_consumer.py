@@ -10,8 +10,8 @@ plain      kombu's Consumer, a callback that acks
 set nx     the same, with redis-py's SET NX before and an ack after: the guard that most people write
 tuned      our consumer's loop and acks, with no guard at all: no id is looked for, nothing is claimed, nobody compares
            bodies. What the guard itself costs is the difference to `window`
-two pings  kombu's Consumer, with two PINGs to Redis over a bare socket before the ack: what a guard can reach at most that
-           waits for two answers
+two pings  kombu's Consumer, with two PINGs to Redis over a bare socket before the ack: what a guard can reach at most
+           that waits for two answers
 singly     the guarded handler as a bare kombu callback: it has returned, and acked, before the next one is called
 in turn    IdempotentConsumer where messages are not claimed together (`on_abandoned="quarantine"`): each is claimed in
            its turn, with the completion before it, and waits for one answer
