@@ -20,7 +20,7 @@ from typing import Any, Final
 from .claims import Claim
 from .errors import StoreError
 from .execution import LeasedExecution
-from .hooks import CLAIM, COMPLETE, DURABLE, Step
+from .hooks import CLAIMED, COMPLETE, DURABLE, Step
 from .model import ClaimRequest, Completion, Settled
 from .store import ClaimingStream, CompletionStream, StreamStore
 from .work import Ended, Ending, Work
@@ -108,10 +108,10 @@ class Finishing:
             return None
         self._next = self._next_left = None
         if left is None:
-            self._claiming.claimed()  # so that it never leaves
+            self._claiming.claimed(request)  # so that it never leaves
             return None
         try:
-            return Claim(request, self._step(CLAIM, self._claiming.claimed), left)
+            return Claim(request, self._step(CLAIMED, self._claiming.claimed, request), left)
         except StoreError:  # an injected fault: a stream raises nothing
             return Claim(request, None, left)
 

@@ -20,6 +20,8 @@ RENEW: Final = "renew"
 COMPLETE: Final = "complete"
 #: A window's completions are sent by COMPLETE without waiting, and their answers read by this.
 DURABLE: Final = "durable"
+#: The answer to a claim that went along with a completion, by COMPLETE; None if nothing is known of it.
+CLAIMED: Final = "claimed"
 RELEASE: Final = "release"
 DEAD_LETTER: Final = "dead_letter"
 WAIT: Final = "wait"
@@ -40,6 +42,7 @@ STEPS: Final = (
     RENEW,
     COMPLETE,
     DURABLE,
+    CLAIMED,
     RELEASE,
     DEAD_LETTER,
     WAIT,

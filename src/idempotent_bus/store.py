@@ -178,11 +178,10 @@ class ClaimingStream(CompletionStream, Protocol):
         """
         ...
 
-    def claimed(self) -> ClaimOutcome | None:
-        """The answer to the claim that left with the last `begin`, told once; waits for it.
+    def claimed(self, request: ClaimRequest, /) -> ClaimOutcome | None:
+        """The answer to a claim, if it left with the last `begin`, told once; waits for it.
 
-        None: none has left, or nothing is known of its outcome: ask again with the same request. A claim that was
-        given and has not left never will.
+        None: it has not left, and now never will; or nothing is known of its outcome: ask again with the same request.
         """
         ...
 

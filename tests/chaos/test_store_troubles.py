@@ -22,7 +22,7 @@ from store_troubles import TROUBLES
 from consumer_rig import make_broker, poll
 from idempotent_bus import IdempotentConsumer, IdempotentProducer, idempotent_consumer
 from idempotent_bus.errors import StoreUnavailable
-from idempotent_bus.hooks import ACK, CLAIM, COMPLETE, DURABLE, HANDLER
+from idempotent_bus.hooks import ACK, CLAIM, CLAIMED, COMPLETE, DURABLE, HANDLER
 from idempotent_bus.identity import record_key
 from idempotent_bus.model import Claimed, Completed, Completion
 
@@ -77,8 +77,8 @@ class Truth:
             self.doubts += name in (CLAIM, COMPLETE)
             raise
         # A completion that is under way in an outage which ends before its answer is given up is not in doubt.
-        self.doubts += name in (CLAIM, COMPLETE, DURABLE) and time.monotonic() - asked > OUTAGE / 2
-        if name == CLAIM:
+        self.doubts += name in (CLAIM, CLAIMED, COMPLETE, DURABLE) and time.monotonic() - asked > OUTAGE / 2
+        if name in (CLAIM, CLAIMED):
             several = isinstance(result, list)
             for request, outcome in zip(args[0] if several else args, result if several else [result], strict=False):
                 if isinstance(outcome, Claimed):

@@ -26,7 +26,7 @@ from idempotent_bus import Outbox, PublishUnknown, Relay, ResendPolicy, schema
 from idempotent_bus.execution import current_execution
 from idempotent_bus.handler import IdempotentHandler
 from idempotent_bus.headers import INNER_MSG_ID
-from idempotent_bus.hooks import CLAIM, COMPLETE, DURABLE, HANDLER, MARK, READ
+from idempotent_bus.hooks import CLAIM, CLAIMED, COMPLETE, DURABLE, HANDLER, MARK, READ
 from idempotent_bus.identity import record_key
 from idempotent_bus.lease import LeaseKeeper
 from idempotent_bus.model import Completed, Completion, Hold, Reason
@@ -285,7 +285,7 @@ class BusWorld(Watch):
     # --- what the steps did -----------------------------------------------------------------------------------
 
     def done(self, worker: int, step: str, arguments: Sequence[Any], result: Any) -> None:
-        if step == CLAIM:
+        if step in (CLAIM, CLAIMED):
             outcomes = result if isinstance(result, list) else [result]
             requests = arguments[0] if isinstance(result, list) else [arguments[0]]
             arrived = {

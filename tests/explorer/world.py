@@ -19,7 +19,7 @@ from idempotent_bus.abandoned import AbandonedRecord
 from idempotent_bus.errors import InDoubt, Permanent
 from idempotent_bus.execution import current_execution
 from idempotent_bus.executor import Executor
-from idempotent_bus.hooks import CLAIM, COMPLETE, DEAD_LETTER, DURABLE, HANDLER, WAIT
+from idempotent_bus.hooks import CLAIM, CLAIMED, COMPLETE, DEAD_LETTER, DURABLE, HANDLER, WAIT
 from idempotent_bus.identity import fingerprint, record_key
 from idempotent_bus.inbox.running import Transactions
 from idempotent_bus.lease import LeaseKeeper
@@ -266,6 +266,11 @@ class World(Watch):
             else:
                 for request, outcome in zip(arguments[0], result, strict=True):
                     self._claimed(request, outcome)
+        elif step == CLAIMED:
+            last = self.tokens.get(self.names[arguments[0].key], 0)
+            if not (isinstance(result, Claimed) and result.token < last):
+                # Else it was claimed with the completion before, is looked at late, and somebody has taken over.
+                self._claimed(arguments[0], result)
         elif step == COMPLETE and isinstance(arguments[0], Completion):
             self.begun[worker, result] = arguments[0].hold  # it is under way: whether it is done, DURABLE tells
         elif step == COMPLETE and result:

@@ -59,7 +59,7 @@ class Cell:
         """The named steps at which each role is killed."""
         consumer = _INBOX_STEPS if self.mode == "inbox" else _STORE_STEPS
         if self.streams:
-            consumer = (*consumer, hooks.DURABLE)
+            consumer = (*consumer, hooks.DURABLE, hooks.CLAIMED)
         return {"consumer": consumer, "relay": _RELAY_STEPS, "producer": (hooks.PUBLISH,)}
 
 

@@ -41,7 +41,16 @@ from .victim import EFFECTS, effects_file, open_database
 __all__ = ["Doses", "Storm", "Zygote"]
 
 #: Steps that a life meets often: it gets through some of its work before it dies.
-_OFTEN = (hooks.CLAIM, hooks.HANDLER, hooks.COMPLETE, hooks.ACK, hooks.COMMIT, hooks.PUBLISH, hooks.DURABLE)
+_OFTEN = (
+    hooks.CLAIM,
+    hooks.HANDLER,
+    hooks.COMPLETE,
+    hooks.ACK,
+    hooks.COMMIT,
+    hooks.PUBLISH,
+    hooks.DURABLE,
+    hooks.CLAIMED,
+)
 #: An hour fast, an hour slow: on the wall clock of some processes.
 _SHIFTS = (0.0, 0.0, 0.0, 3600.0, -3600.0)
 #: Seconds without anything new, after which what is not done never will be.

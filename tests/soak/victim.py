@@ -139,7 +139,7 @@ class Steps:
                 hold = self._under_way.pop((threading.get_ident(), one.ticket), None)
                 if hold is not None and one.durable is not None:
                     write("completed" if one.durable else "refused", hold.key.hex(), hold.token, life)
-        elif name == hooks.CLAIM:
+        elif name in (hooks.CLAIM, hooks.CLAIMED):
             outcomes, requests = (result, args[0]) if isinstance(result, list) else ([result], args[:1])
             if any(type(outcome) is Completed for outcome in outcomes):
                 for request, outcome in zip(requests, outcomes, strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 from idempotent_bus.errors import StoreUnavailable
 from idempotent_bus.executor import Executor
-from idempotent_bus.hooks import ABANDON, CLAIM, COMPLETE, DURABLE, QUARANTINE, RELEASE, RENEW
+from idempotent_bus.hooks import ABANDON, CLAIM, CLAIMED, COMPLETE, DURABLE, QUARANTINE, RELEASE, RENEW
 from idempotent_bus.identity import record_key
 from idempotent_bus.lease import LeaseKeeper
 from idempotent_bus.model import Completion, Hold, Reason, Record, Settled
@@ -19,7 +19,7 @@ from idempotent_bus.testing import ManualClock
 from idempotent_bus.work import Ending, Work
 
 SCOPE = "cards.issue"
-STORE_STEPS = (CLAIM, RENEW, COMPLETE, DURABLE, RELEASE, ABANDON, QUARANTINE)
+STORE_STEPS = (CLAIM, RENEW, COMPLETE, DURABLE, CLAIMED, RELEASE, ABANDON, QUARANTINE)
 
 #: What a script does at a step, given the call that the step would make.
 Action = Callable[[Callable[[], Any]], Any]

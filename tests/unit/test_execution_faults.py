@@ -21,7 +21,7 @@ from idempotent_bus import claims, execution, executor
 from idempotent_bus.execution import LeasedExecution, current_execution
 from idempotent_bus.executor import Executor
 from idempotent_bus.finishing import Finish
-from idempotent_bus.hooks import ACK, CLAIM, COMPLETE, DEAD_LETTER, DURABLE, HANDLER, RELEASE, RENEW, WAIT
+from idempotent_bus.hooks import ACK, CLAIM, CLAIMED, COMPLETE, DEAD_LETTER, DURABLE, HANDLER, RELEASE, RENEW, WAIT
 from idempotent_bus.identity import record_key
 from idempotent_bus.lease import LeaseKeeper
 from idempotent_bus.model import Reason, State
@@ -309,7 +309,7 @@ def test_every_pair_of_faults(name: str) -> None:
 def test_the_faults_reach_every_step() -> None:
     """The scenarios pass every step that the core has: a step that none of them reached would not be tested."""
     passed = {step for name in SCENARIOS for world in singles(SCENARIOS[name]) for step in world.passed}
-    assert passed == {CLAIM, HANDLER, RENEW, COMPLETE, DURABLE, RELEASE, DEAD_LETTER, WAIT, ACK}
+    assert passed == {CLAIM, CLAIMED, HANDLER, RENEW, COMPLETE, DURABLE, RELEASE, DEAD_LETTER, WAIT, ACK}
 
 
 def test_an_excuse_is_really_needed() -> None:

@@ -161,7 +161,7 @@ def test_a_claim_leaves_in_the_same_send_and_is_answered_behind(server: Server) 
     stream.begin(ONE)
     stream.begin(ONE)
     assert server.end.recv(100) == b"commandcommand and claimcommand"
-    assert stream.claimed() is None  # its answer is not for one that came later
+    assert stream.claimed(NEXT) is None  # its answer is not for one that came later
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_claims_reply_touches_no_completion(server: Server, reply: bytes, outc
     stream.then(NEXT)
     stream.begin(ONE)
     server.end.sendall(b":1\r\n:1\r\n" + reply)
-    assert stream.claimed() == outcome
+    assert stream.claimed(NEXT) == outcome
     stream.begin(ONE)
     server.end.sendall(b":0\r\n")
     assert stream.settle() == [Settled(1, True), Settled(2, True), Settled(3, False)]
@@ -192,7 +192,7 @@ def test_a_claim_whose_reply_does_not_come_is_in_doubt(server: Server) -> None:
     stream.then(NEXT)
     stream.begin(ONE)
     server.end.sendall(b":1\r\n$1\r\n7")
-    assert stream.claimed() is None
+    assert stream.claimed(NEXT) is None
     assert stream.settle() == [Settled(1, None)]
     assert server.broken == 1
 

@@ -120,9 +120,11 @@ class RedisStream:
         except (RedisError, OSError):
             self._next = None  # the server could not be asked whether it evicts
 
-    def claimed(self) -> ClaimOutcome | None:
+    def claimed(self, request: ClaimRequest, /) -> ClaimOutcome | None:
         self._next = None
-        while self._asked is not None and self._under_way:
+        if request is not self._asked:
+            return None
+        while self._under_way:
             self._read_one()
         outcome, self._asked, self._outcome = self._outcome, None, None
         return outcome

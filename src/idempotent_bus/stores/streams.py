@@ -28,7 +28,8 @@ class DirectStream:
         self._begun = 0
         self._ended: list[Settled] = []
         self._next: ClaimRequest | None = None
-        self._outcome: ClaimOutcome | None = None
+        #: The claim that went with the last completion, and its answer.
+        self._last: tuple[ClaimRequest, ClaimOutcome] | None = None
 
     @property
     def pending(self) -> int:
@@ -42,19 +43,18 @@ class DirectStream:
         except StoreError:
             durable = None
         self._ended.append(Settled(self._begun, durable))
-        self._outcome = None
-        if self._next is not None:
+        request, self._next, self._last = self._next, None, None
+        if request is not None:
             with suppress(StoreError):
-                self._outcome = self._store.claim(self._next)
-            self._next = None
+                self._last = request, self._store.claim(request)
         return self._begun
 
     def then(self, request: ClaimRequest, /) -> None:
         self._next = request
 
-    def claimed(self) -> ClaimOutcome | None:
-        outcome, self._outcome, self._next = self._outcome, None, None
-        return outcome
+    def claimed(self, request: ClaimRequest, /) -> ClaimOutcome | None:
+        last, self._last, self._next = self._last, None, None
+        return last[1] if last is not None and last[0] is request else None
 
     def poll(self, timeout: float = 0.0) -> list[Settled]:
         ended, self._ended = self._ended, []

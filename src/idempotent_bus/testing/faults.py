@@ -32,7 +32,7 @@ T = TypeVar("T")
 #: The steps that ask a dedup store.
 _STORE_STEPS: Final = frozenset(
     {
-        *(hooks.CLAIM, hooks.RENEW, hooks.COMPLETE, hooks.DURABLE),
+        *(hooks.CLAIM, hooks.RENEW, hooks.COMPLETE, hooks.DURABLE, hooks.CLAIMED),
         *(hooks.RELEASE, hooks.ABANDON, hooks.QUARANTINE),
     }
 )

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import ConfigurationError
-from ..hooks import ACK, CLAIM, COMPLETE, DURABLE, HANDLER
+from ..hooks import ACK, CLAIM, CLAIMED, COMPLETE, DURABLE, HANDLER
 from .clock import ManualClock
 from .comparing import VARIES, effects, in_no_order, is_less, masked, published, under, varies_by_chance
 from .faults import FAULTS, Action, Plan, Script
@@ -323,7 +323,8 @@ class _Trial:
 def _said(action: Action, step: str, number: int, passed: Sequence[str]) -> str:
     """A case in words. What is called several times is numbered."""
     names = {HANDLER: "the handler", CLAIM: "the claim", ACK: "the ack"}
-    name = {**names, COMPLETE: "the completion", DURABLE: "the completion's answer"}.get(step, step)
+    names |= {COMPLETE: "the completion", DURABLE: "the completion's answer", CLAIMED: "the claim's answer"}
+    name = names.get(step, step)
     if passed.count(step) > 1:
         name += f" (call {passed[:number].count(step)})"
     return {

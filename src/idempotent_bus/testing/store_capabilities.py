@@ -288,14 +288,14 @@ class CompletionsContract:
                 stream.then(ask(new_key()))  # the next one takes its place
                 stream.then(claim)
                 stream.begin(other)
-                answers.append(stream.claimed())
-                assert stream.claimed() is None
+                answers.append(stream.claimed(claim))
+                assert stream.claimed(claim) is None
             assert [_shape(answer) for answer in answers] == [_shape(outcome) for outcome in expected]
             assert store.claim(request) == answers[0], "it is the same claim"
         assert [settled.ticket for settled in stream.settle()] == list(range(1, 2 * len(along) + 1))
         never = ask(new_key())
         stream.then(never)
-        assert stream.claimed() is None
+        assert stream.claimed(never) is None
         stream.begin(along[0])
         assert [settled.ticket for settled in stream.settle()] == [2 * len(along) + 1]
         assert isinstance(store.claim(ask(never.key)), Claimed)
