@@ -146,6 +146,9 @@ class Session:
         # AMQP counts the prefetch for each consumer, quorum queues allow nothing else; kombu's own for the channel.
         each = max(1, self._prefetch // len(self._handlers)) if self._is_amqp else self._prefetch
         channel.basic_qos(0, each, False)
+        if "ack_limit" not in vars(channel) and hasattr(channel, "ack_limit"):  # of our Redis transport, if not told
+            # So that a window's acks go with the next fetch. A copy whose ack was lost is answered by its record.
+            channel.ack_limit = max(channel.ack_limit, self._prefetch + 1)
         limits = [handler.max_body for handler in self._handlers.values()]
         limit_inflation(channel, None if None in limits else max(limit for limit in limits if limit is not None))
         consumers = []
