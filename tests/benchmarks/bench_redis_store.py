@@ -92,7 +92,7 @@ def naive(url: str) -> Way:
 
 
 def pings(url: str) -> Way:
-    """No guard: two bare round trips for a fresh id and one for a duplicate, which is the least that a guard waits for."""
+    """No guard: two bare round trips for a fresh id, one for a duplicate, which is the least that a guard waits for."""
     client = redis.Redis.from_url(url)
     sock = client.connection_pool.get_connection()._sock
     seen: set[str] = set()

@@ -277,13 +277,13 @@ def redis(count: int) -> Iterator[Filled]:
         assert store.complete(Hold(request.key, claimed.token, request.nonce), result=None, retention=DAY)
         # A completed record in the short form as the store itself writes it; the key is not part of it. As many buckets
         # as the store would have come to by itself, and each filled at once, with keys that belong there.
-        record = client.hget(store._places(request.key)[2], request.key[1:])
+        record = client.hget(store._places.of(request.key)[2], request.key[1:])
         assert record is not None
         number = 1 << max(0, round(math.log2(count / 256 / 64)))
         client.flushdb()
         for slot in range(256):
-            client.set(store._slots[slot] + b"buckets", number)
-            store._learn(slot, number)
+            client.set(store._places.slots[slot] + b"buckets", number)
+            store._places.learn(slot, number)
         bits, left = number.bit_length() - 1, count
         for done in range(256 * number):
             if done % 1000 == 0:
@@ -294,7 +294,7 @@ def redis(count: int) -> Iterator[Filled]:
             size = left // (256 * number - done)
             left -= size
             name, heads = (
-                store._bucket(slot, bucket),
+                store._places.bucket(slot, bucket),
                 [secrets.randbits(32 - bits) << bits | bucket for _ in range(size)],
             )
             if size:

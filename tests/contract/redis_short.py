@@ -65,7 +65,7 @@ class ShortFormContract:
         """1,000 completions of one slot: its buckets split many times, and every record is found after it."""
         store, slot = contract_store.store, random.randrange(256)
         holds = completed(store, 1000, slot)
-        assert store._buckets[slot] > 8
+        assert store._places.buckets[slot] > 8
         assert remembered(store, holds)
         assert all(complete(store, hold, None) for hold in holds)
         for hold in holds[::50]:
@@ -78,15 +78,15 @@ class ShortFormContract:
         """A store that knows one bucket, or far too many, finds, completes, shows and forgets what others moved."""
         store, slot = contract_store.store, random.randrange(256)
         holds = completed(store, 600, slot)
-        assert store._buckets[slot] > 4
+        assert store._places.buckets[slot] > 4
         for known in (1, 2, 3, 1000):
             other: Any = contract_store.open()
             assert other is not store
-            other._buckets = dict.fromkeys(range(256), known)
+            other._places.buckets = dict.fromkeys(range(256), known)
             assert remembered(other, holds)
             for verb in range(4):
                 for hold in holds[verb:40:4]:
-                    other._buckets = dict.fromkeys(range(256), known)
+                    other._places.buckets = dict.fromkeys(range(256), known)
                     if verb == 0:
                         assert complete(other, hold, None)
                     elif verb == 1:
@@ -97,7 +97,7 @@ class ShortFormContract:
                         fresh, _ = take(other, in_slot(slot))
                         assert complete(other, fresh, None)
                         assert store.claim(ask(fresh.key)) == Completed(None)
-            other._buckets = dict.fromkeys(range(256), known)
+            other._places.buckets = dict.fromkeys(range(256), known)
             gone = holds.pop()
             assert other.forget(gone.key)
             assert store.lookup(gone.key) is None
@@ -119,28 +119,28 @@ class ShortFormContract:
         """A driver's silent resend of a split, or a merge, finds that it was done, and does not do the next one."""
         store, slot = contract_store.store, random.randrange(256)
         holds = completed(store, 30, slot)
-        before = store._buckets.get(slot, 1)
+        before = store._places.buckets.get(slot, 1)
         for _ in range(3):
-            store._buckets[slot] = before
+            store._places.buckets[slot] = before
             store._make_room(slot, fewer=False)
-            assert store._buckets[slot] == before + 1
+            assert store._places.buckets[slot] == before + 1
         for _ in range(3):
-            store._buckets[slot] = before + 1
+            store._places.buckets[slot] = before + 1
             store._make_room(slot, fewer=True)
-            assert store._buckets[slot] == before
+            assert store._places.buckets[slot] == before
         assert remembered(store, holds)
 
     def test_nothing_is_lost_while_buckets_merge(self, contract_store: Subject) -> None:
         """When most of a slot is over its buckets become fewer, and what is left is found."""
         store, slot = contract_store.store, random.randrange(256)
         holds = completed(store, 800, slot)
-        most = store._buckets[slot]
+        most = store._places.buckets[slot]
         left = holds[::20]
         for number, hold in enumerate(holds):
             if number % 20:
                 assert store.forget(hold.key)
         left += completed(store, 60, slot)
-        assert store._buckets[slot] < most / 2
+        assert store._places.buckets[slot] < most / 2
         assert remembered(store, left)
         assert remembered(contract_store.open(), left)
         assert all(complete(store, hold, None) for hold in left)
@@ -173,8 +173,8 @@ class ShortFormContract:
         for _ in range(5):
             completed(store, 60, slot, retention=0.25)
             contract_store.outlast(0.5)
-        assert store._buckets.get(slot, 1) == 1
-        assert store._client.hlen(store._bucket(slot, 0)) < 20 + 60 + 8
+        assert store._places.buckets.get(slot, 1) == 1
+        assert store._client.hlen(store._places.bucket(slot, 0)) < 20 + 60 + 8
         assert remembered(store, keep)
 
     def test_it_agrees_with_the_memory_store(self, contract_store: Subject, steps: int = 2_000) -> None:

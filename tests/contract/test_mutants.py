@@ -24,7 +24,7 @@ import stores
 
 import servers
 from idempotent_bus.model import ClaimOutcome, ClaimRequest
-from idempotent_bus.stores import memory, redis
+from idempotent_bus.stores import memory, redis, redis_scripts
 from idempotent_bus.testing import store_capabilities as capabilities
 from idempotent_bus.testing import store_contract as suite
 from idempotent_bus.testing.store_contract import Subject
@@ -696,13 +696,13 @@ class MutatedRedis(redis.RedisStore):
 
     mutant: Mutant
 
-    def _scripts(self, verb: str) -> redis.Script:
+    def _scripts(self, verb: str) -> redis_scripts.Script:
         text = super()._scripts(verb).text
         if self.mutant.where not in ("record", verb) and (
-            self.mutant.where != "buckets" or verb not in redis._LOOKS_IN_BUCKETS
+            self.mutant.where != "buckets" or verb not in redis_scripts._LOOKS_IN_BUCKETS
         ):
-            return redis.Script(text)
-        return redis.Script(replaced(text, self.mutant.old, self.mutant.new))
+            return redis_scripts.Script(text)
+        return redis_scripts.Script(replaced(text, self.mutant.old, self.mutant.new))
 
 
 class ReadThenWrite(redis.RedisStore):
@@ -713,7 +713,7 @@ class ReadThenWrite(redis.RedisStore):
         if record is not None:
             return super().claim(request)
         time.sleep(0.005)
-        self._client.delete(self._key(request.key))
+        self._client.delete(self._places.record(request.key))
         return super().claim(request)
 
 

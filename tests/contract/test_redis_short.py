@@ -131,7 +131,7 @@ def test_a_server_that_lost_everything_starts_again(server: PrivateRedis, contra
     server.client.flushall()
     again = completed(store, 100, 13)
     assert remembered(store, again)
-    assert store._buckets[13] < 5
+    assert store._places.buckets[13] < 5
 
 
 def test_a_split_that_fails_is_nobodys_trouble(server: PrivateRedis, contract_store: Subject) -> None:

@@ -471,7 +471,7 @@ def test_what_was_begun_is_done_though_nobody_reads_the_answer(server: PrivateRe
     if trouble == "moved buckets":
         for _ in range(300):
             other.complete(take(other, key_of_one_slot())[0], result=None, retention=600.0)
-        assert other._buckets[0] > 1  # type: ignore[attr-defined]
+        assert other._places.buckets[0] > 1  # type: ignore[attr-defined]
     else:
         server.client.script_flush()
     stream = store.stream()  # type: ignore[attr-defined]

@@ -120,7 +120,7 @@ class Redis(Place):
     def advance(self, seconds: float, keys: Sequence[bytes]) -> None:
         super().advance(seconds, keys)
         client = self.store._client
-        names = [self.store._key(key) for key in keys]
+        names = [self.store._places.record(key) for key in keys]
         for name, record in zip(names, client.mget(names), strict=True):
             if record is not None and record[0] % 8 in (1, 2):  # reserved, in progress
                 ends = self._LEASE.unpack(record[41:49])[0] - round(seconds * 1_000_000)

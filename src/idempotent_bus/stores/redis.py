@@ -37,15 +37,11 @@ can resolve. Leases and retention go by the server's clock: set it by slewing, n
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-import struct
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache, lru_cache
-from importlib import resources
 from typing import Any, Final
 
 from redis import Redis
@@ -64,22 +60,18 @@ from redis.retry import Retry
 
 from ..errors import ConfigurationError, StoreUnavailable
 from ..model import (
-    FINGERPRINT_BYTES,
     NONCE_BYTES,
-    Busy,
-    Claimed,
     ClaimOutcome,
     ClaimRequest,
-    Completed,
     Completion,
-    Conflict,
     Hold,
-    Quarantined,
     Record,
-    State,
 )
 from ..store import CompletionStream
+from . import redis_forms as forms
 from .redis_lean import Lean, pack
+from .redis_places import Places
+from .redis_scripts import Script, script
 from .redis_stream import RedisStream
 from .streams import DirectStream
 
@@ -97,44 +89,14 @@ _DRIVER_ERRORS = (RedisError, RedisClusterException, OSError)
 _BROKEN = (RedisConnectionError, RedisTimeoutError, OSError)
 _UNSETTLED = "the buckets of the Redis store move at every look; nothing is known of the outcome, so ask again"
 
-_HEADER = struct.Struct(">BQ16s8sII")  # as record.lua says
-_REQUEST = struct.Struct(">16s8sIQQBI")  # as claim.lua says
-_COMPLETION = struct.Struct(">24s6sQI?")  # as complete.lua says
-_PLACE = struct.Struct(">BI")  # of a key: its slot, and what its bucket is chosen by
-_CLAIMED = struct.Struct(">QI")
-_HAS_FINGERPRINT, _HAS_RESULT = 8, 16
-_OWNER_BYTES = 8 + NONCE_BYTES
-_SPARSE = 3  # a reply of complete.lua
-_MAX_COUNT = 2**32 - 1
-# Longer durations are cut to 30 years: now + lease + retention must stay exact in Lua's doubles.
-_MAX_SECONDS = 30 * 365 * 86400.0
 # Quarantined records that one script looks at.
 _PAGE = 1000
 # Seconds of retention from which a completed record is worth the short form, which rounds up to 4 seconds.
 _SHORT_FROM = 60.0
 # How often a bucket may turn out to have moved before nobody knows where anything is.
 _MOVES = 100
-_DIGEST_BYTES = 6
-
-
-_LOOKS_IN_BUCKETS: Final = {"claim", "complete", "lookup", "forget", "split", "merge"}
-
-
-class Script:
-    """A Lua script and the digest that EVALSHA knows it by."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-        self.name = self.sha.encode()
-
-
-@cache
-def _script(name: str) -> Script:
-    """The script of a verb: the helpers over records, those over buckets where it looks there, the verb's own file."""
-    folder = resources.files(__package__) / "lua"
-    parts = ("record", "buckets", name) if name in _LOOKS_IN_BUCKETS else ("record", name)
-    return Script("".join((folder / f"{part}.lua").read_text("utf-8") for part in parts))
+# Replies of complete.lua from here on ask for a bucket more, and this one for one less.
+_SPARSE = 3
 
 
 def open_redis(
@@ -184,14 +146,9 @@ class RedisStore:
         self._clustered = isinstance(client, RedisCluster)
         self._lean = _lean(client)
         self._prefix = prefix.encode()
-        self._slots = [b"%s{%02x}:" % (self._prefix, slot) for slot in range(256)]
-        self._counters = [prefix + b"token" for prefix in self._slots]
-        self._layouts = [prefix + b"buckets" for prefix in self._slots]
+        self._places = Places(self._prefix)
         self._checked = allow_eviction
         self._short_from = _SHORT_FROM if short else math.inf
-        # The number of buckets of each slot, as last heard; until something is heard of a slot, what another has.
-        self._buckets: dict[int, int] = {}
-        self._usual = 1
 
     # --- the verbs ------------------------------------------------------------------------------------
 
@@ -209,9 +166,9 @@ class RedisStore:
         for _ in range(_MOVES):
             moved = [number for number, reply in enumerate(replies) if reply[:1] == b"M"]
             if not moved:
-                return [_outcome(reply) for reply in replies]
+                return [forms.outcome(reply) for reply in replies]
             for number in moved:
-                self._learn(requests[number].key[0], int.from_bytes(replies[number][1:], "big"))
+                self._places.learn(requests[number].key[0], int.from_bytes(replies[number][1:], "big"))
             for number, reply in zip(moved, self._claim_once([requests[number] for number in moved]), strict=True):
                 replies[number] = reply
         raise StoreUnavailable(_UNSETTLED)
@@ -228,19 +185,8 @@ class RedisStore:
 
     def _asking(self, request: ClaimRequest) -> tuple[tuple[bytes, bytes, bytes, bytes], bytes]:
         """Keys and value for claim.lua."""
-        mark = request.fingerprint
-        if len(request.nonce) != NONCE_BYTES or (mark is not None and len(mark) != FINGERPRINT_BYTES):
-            raise ValueError(f"a nonce has {NONCE_BYTES} bytes, a fingerprint {FINGERPRINT_BYTES}")
-        record, layout, bucket, buckets = self._places(request.key)
-        return (record, self._counters[request.key[0]], layout, bucket), _REQUEST.pack(
-            request.nonce,
-            mark or b"",
-            _count(request.redrive) if request.redrive else 0,
-            _microseconds(request.lease),
-            _milliseconds(request.lease + request.retention),
-            request.reserve + (mark is not None) * _HAS_FINGERPRINT,
-            buckets,
-        )
+        record, layout, bucket, buckets = self._places.of(request.key)
+        return (record, self._places.counters[request.key[0]], layout, bucket), forms.request(request, buckets)
 
     def renew(self, hold: Hold, /, *, lease: float, retention: float) -> bool:
         return self._renew([hold], lease, retention)[0]
@@ -253,8 +199,9 @@ class RedisStore:
         return [answers[number] for number in range(len(holds))]
 
     def _renew(self, holds: Sequence[Hold], lease: float, retention: float) -> list[bool]:
-        values = [_microseconds(lease), _milliseconds(lease + retention), *map(_owner, holds)]
-        return [digit == ord("1") for digit in self._run("renew", [self._key(hold.key) for hold in holds], values)]
+        values = [forms.microseconds(lease), forms.milliseconds(lease + retention), *map(forms.owner, holds)]
+        keys = [self._places.record(hold.key) for hold in holds]
+        return [digit == ord("1") for digit in self._run("renew", keys, values)]
 
     def complete(self, hold: Hold, /, *, result: bytes | None, retention: float) -> bool:
         for _ in range(_MOVES):
@@ -267,7 +214,7 @@ class RedisStore:
     def _done(self, hold: Hold, reply: int) -> bool | None:
         """What a reply of complete.lua says; None: nothing yet, and where the record is has been learnt."""
         if reply < 0:
-            self._learn(hold.key[0], -reply)
+            self._places.learn(hold.key[0], -reply)
             return None
         if reply > 1:
             self._make_room(hold.key[0], fewer=reply == _SPARSE)
@@ -308,8 +255,8 @@ class RedisStore:
 
         def outcome(request: ClaimRequest, reply: bytes) -> ClaimOutcome | None:
             if reply[:1] != b"M":
-                return _outcome(reply)
-            self._learn(request.key[0], int.from_bytes(reply[1:], "big"))
+                return forms.outcome(reply)
+            self._places.learn(request.key[0], int.from_bytes(reply[1:], "big"))
             return None
 
         return RedisStream(
@@ -324,35 +271,27 @@ class RedisStore:
 
     def _completion(self, hold: Hold, result: bytes | None, retention: float) -> tuple[list[bytes], list[bytes]]:
         """Keys and values for complete.lua."""
-        record, layout, bucket, buckets = self._places(hold.key)
-        owner = _owner(hold)
-        if len(owner) != _OWNER_BYTES:
-            owner = bytes(_OWNER_BYTES)  # nobody's: no token is 0
-        digest = hashlib.blake2b(owner, digest_size=_DIGEST_BYTES).digest()
-        short = result is None and retention >= self._short_from
-        packed = _COMPLETION.pack(owner, digest, _milliseconds(retention), buckets, short)
-        return [record, layout, bucket], [packed] if result is None else [packed, result]
+        *keys, buckets = self._places.of(hold.key)
+        packed = forms.completion(hold, retention, buckets, short=result is None and retention >= self._short_from)
+        return keys, [packed] if result is None else [packed, result]
 
     def _make_room(self, slot: int, *, fewer: bool) -> None:
         """Give a slot a bucket more, or take one away. It can wait: what does not fit keeps a key of its own."""
-        buckets = self._buckets.get(slot, self._usual)
-        last = buckets - 1 if fewer else buckets
-        turn = last - (1 << (last.bit_length() - 1))
-        keys = [self._layouts[slot], self._bucket(slot, turn), self._bucket(slot, last)]
+        keys, buckets = self._places.turn(slot, fewer=fewer)
         with suppress(StoreUnavailable):
-            self._learn(slot, self._run("merge" if fewer else "split", keys, [buckets]))
+            self._places.learn(slot, self._run("merge" if fewer else "split", keys, [buckets]))
 
     def release(self, hold: Hold, /, *, attempts: int, retention: float) -> bool:
-        values = [_owner(hold), _milliseconds(retention), _count(attempts)]
-        return bool(self._run("release", [self._key(hold.key)], values) == 1)
+        values = [forms.owner(hold), forms.milliseconds(retention), forms.count(attempts)]
+        return bool(self._run("release", [self._places.record(hold.key)], values) == 1)
 
     def abandon(self, hold: Hold, /, *, attempts: int, retention: float) -> bool:
-        values = [_owner(hold), _milliseconds(retention), _count(attempts)]
-        return bool(self._run("abandon", [self._key(hold.key)], values) == 1)
+        values = [forms.owner(hold), forms.milliseconds(retention), forms.count(attempts)]
+        return bool(self._run("abandon", [self._places.record(hold.key)], values) == 1)
 
     def quarantine(self, hold: Hold, /, *, note: bytes) -> bool:
-        keys = [self._key(hold.key), self._index(hold.key[0])]
-        return bool(self._run("quarantine", keys, [_owner(hold), hold.key, note]) == 1)
+        keys = [self._places.record(hold.key), self._places.index(hold.key[0])]
+        return bool(self._run("quarantine", keys, [forms.owner(hold), hold.key, note]) == 1)
 
     def quarantined(self, *, limit: int = 100, after: bytes = b"") -> list[Record]:
         """As `QuarantineStore.quarantined`; entries of an index without a quarantined record are taken out of it."""
@@ -371,39 +310,40 @@ class RedisStore:
         keys: list[bytes] = []
         for some in [[slot] for slot in slots] if self._clustered else [slots]:
             if len(keys) < limit:
-                keys += self._run("indexed", [self._index(slot) for slot in some], [b"(" + after, limit - len(keys)])
+                indexes = [self._places.index(slot) for slot in some]
+                keys += self._run("indexed", indexes, [b"(" + after, limit - len(keys)])
         return keys
 
     def _still_quarantined(self, keys: list[bytes]) -> list[Record]:
-        shown: dict[int, bytes | None] = {}
+        shown: dict[bytes, bytes | None] = {}
         for numbers in self._together(keys):
             some = [keys[number] for number in numbers]
-            places = [place for key in some for place in (self._key(key), self._index(key[0]))]
-            shown.update(zip(numbers, self._run("quarantined", places, some), strict=True))
-        return [_record(key, text, -1, 0) for number, key in enumerate(keys) if (text := shown[number]) is not None]
+            places = [place for key in some for place in (self._places.record(key), self._places.index(key[0]))]
+            shown.update(zip(some, self._run("quarantined", places, some), strict=True))
+        return [forms.record(key, text, -1, 0) for key in keys if (text := shown[key]) is not None]
 
     def resolve(self, key: bytes, /, *, completed: bool, retention: float) -> bool:
         """As `QuarantineStore.resolve`. Sent again by the driver after a lost reply, it knows its own work."""
-        values = [key, int(completed), _milliseconds(retention), os.urandom(NONCE_BYTES)]
-        return bool(self._run("resolve", [self._key(key), self._index(key[0])], values) == 1)
+        values = [key, int(completed), forms.milliseconds(retention), os.urandom(NONCE_BYTES)]
+        return bool(self._run("resolve", [self._places.record(key), self._places.index(key[0])], values) == 1)
 
     def forget(self, key: bytes, /) -> bool:
         for _ in range(_MOVES):
-            *places, buckets = self._places(key)
+            *places, buckets = self._places.of(key)
             reply: int = self._run("forget", places, [buckets])
             if reply >= 0:
                 return reply == 1
-            self._learn(key[0], -reply)
+            self._places.learn(key[0], -reply)
         raise StoreUnavailable(_UNSETTLED)
 
     def lookup(self, key: bytes, /) -> Record | None:
         """As `LookupStore.lookup`. Of a completed record in the short form the token is not kept: 0."""
         for _ in range(_MOVES):
-            *places, buckets = self._places(key)
+            *places, buckets = self._places.of(key)
             reply = self._run("lookup", places, [buckets])
             if not isinstance(reply, int):
-                return None if reply is None else _record(key, *reply)
-            self._learn(key[0], reply)
+                return None if reply is None else forms.record(key, *reply)
+            self._places.learn(key[0], reply)
         raise StoreUnavailable(_UNSETTLED)
 
     def close(self) -> None:
@@ -412,29 +352,6 @@ class RedisStore:
         self._client.close()
 
     # --- keys and round trips ---------------------------------------------------------------------------
-
-    def _key(self, key: bytes) -> bytes:
-        return self._slots[key[0]] + key
-
-    def _index(self, slot: int) -> bytes:
-        return self._slots[slot] + b"quarantine"
-
-    def _bucket(self, slot: int, number: int) -> bytes:
-        return b"%b#%d" % (self._slots[slot], number)
-
-    def _places(self, key: bytes) -> tuple[bytes, bytes, bytes, int]:
-        """A record's own key, the key of its slot's number of buckets, its bucket, and that number as far as known."""
-        slot, hashed = _PLACE.unpack_from(key)
-        prefix = self._slots[slot]
-        buckets = self._buckets.get(slot, self._usual)
-        size = 1 << buckets.bit_length()
-        number = hashed & (size - 1)
-        if number >= buckets:
-            number -= size >> 1
-        return prefix + key, self._layouts[slot], b"%b#%d" % (prefix, number), buckets
-
-    def _learn(self, slot: int, buckets: int) -> None:
-        self._buckets[slot] = self._usual = buckets
 
     def _together(self, keys: Sequence[bytes]) -> list[list[int]]:
         """The entries of a batch by the scripts that may do them: all in one, or in Cluster one per slot."""
@@ -465,7 +382,7 @@ class RedisStore:
             ) from error
 
     def _scripts(self, verb: str) -> Script:
-        return _script(verb)
+        return script(verb)
 
     def _evaluate(self, script: Script, keys: list[bytes], values: Sequence[Any]) -> Any:
         if self._lean is not None:
@@ -505,55 +422,3 @@ def _lean(client: Redis | RedisCluster) -> Lean | None:
     if isinstance(client, RedisCluster) or client.connection is not None:  # or a client of one connection
         return None
     return Lean(client.connection_pool) if getattr(client.connection_pool, "cache", None) is None else None
-
-
-@lru_cache(maxsize=256)
-def _microseconds(seconds: float) -> int:
-    return max(0, math.ceil(min(seconds, _MAX_SECONDS) * 1_000_000))
-
-
-@lru_cache(maxsize=256)
-def _milliseconds(seconds: float) -> int:
-    """For an expiry: at least one, since Redis refuses 0; rounded up, so that it never ends before its lease."""
-    return max(1, math.ceil(min(seconds, 2 * _MAX_SECONDS) * 1_000))
-
-
-def _count(number: int) -> int:
-    return min(max(number, 0), _MAX_COUNT)
-
-
-def _owner(hold: Hold) -> bytes:
-    # Concatenated, not packed: a nonce of another length must never be padded or cut into somebody's hold.
-    return hold.token.to_bytes(8, "big") + hold.nonce if 0 <= hold.token < 2**64 else b"nobody's"
-
-
-def _outcome(reply: bytes) -> ClaimOutcome:
-    kind = reply[:1]
-    if kind in (b"C", b"T"):
-        token, attempt = _CLAIMED.unpack_from(reply, 1)
-        return Claimed(token, attempt, kind == b"T")
-    if kind == b"B":
-        return Busy(int.from_bytes(reply[1:], "big") / 1_000_000)
-    if kind == b"X":
-        return Conflict(State(reply[1]))
-    if kind == b"Q":
-        return Quarantined()
-    return Completed(reply[1:] if kind == b"R" else None)
-
-
-def _record(key: bytes, text: bytes, left: int, now: int) -> Record:
-    flags, token, _nonce, fingerprint, attempts, redrive = _HEADER.unpack_from(text)
-    state = State(flags % 8)
-    held = state in (State.RESERVED, State.IN_PROGRESS)
-    lease_left = (int.from_bytes(text[_HEADER.size :], "big") - now) / 1_000_000 if held else 0.0
-    return Record(
-        key=key,
-        state=state,
-        token=token,
-        attempts=attempts,
-        redrive=redrive,
-        lease_left=max(0.0, lease_left),
-        retention_left=left / 1_000 if left >= 0 else math.inf,
-        fingerprint=fingerprint if flags & _HAS_FINGERPRINT else None,
-        result=text[_HEADER.size :] if flags & _HAS_RESULT else None,
-    )
