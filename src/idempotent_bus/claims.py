@@ -69,7 +69,7 @@ class Claims:
         reserve: without counting an attempt, for what may not be run.
         """
         if request is None:
-            request = self._request(work, reserve=reserve)
+            request = self.request(work, reserve=reserve)
         late: Claim | None = None
         doubt: object = None
         for _ in range(_TRIES):
@@ -113,7 +113,7 @@ class Claims:
         chosen = [index for index in first.values() if not works[index].redelivered]
         if len(chosen) < 2:
             return {}
-        asked = [self._request(works[index], reserve=True) for index in chosen]
+        asked = [self.request(works[index], reserve=True) for index in chosen]
         asked_at = self._clock()
         outcomes: Sequence[ClaimOutcome | None]
         try:
@@ -129,13 +129,6 @@ class Claims:
             for index, request, outcome in zip(chosen, asked, outcomes, strict=True)
         }
 
-    def fresh(self, work: Work, *, reserve: bool) -> ClaimRequest | None:
-        """A request for a message that is about to be claimed along with a completion, as `singly` would make it.
-
-        None while any claim is in doubt: then each is asked for in its turn, with the nonce that it had.
-        """
-        return None if self._doubtful or self.silence else self._request(work, reserve=reserve)
-
     def remember(self, request: ClaimRequest) -> None:
         """For a message that is put off in doubt: the claim may be ours without our knowing.
 
@@ -146,10 +139,16 @@ class Claims:
             if len(self._doubtful) < _MOST_DOUBTFUL:
                 self._doubtful[request.key, request.fingerprint] = request.nonce, request.reserve
 
-    def give_back(self, claim: Claim) -> None:
-        """Give back a claim whose handler never started: it costs no attempt."""
-        if isinstance(claim.outcome, Claimed):
-            self.release(claim.hold, claim.outcome.attempt - 1, abandoned=claim.outcome.taken_over)
+    def give_back(self, claim: Claim) -> bool:
+        """Give back a claim whose handler never started: it costs no attempt. False: in doubt."""
+        if not isinstance(claim.outcome, Claimed):
+            return claim.outcome is not None
+        return self.release(claim.hold, claim.outcome.attempt - 1, abandoned=claim.outcome.taken_over) is not None
+
+    def let_go(self, claim: Claim) -> None:
+        """Give back the claim of a message that goes back to the broker; what is in doubt is remembered."""
+        if not self.give_back(claim):
+            self.remember(claim.request)
 
     def release(self, hold: Hold, attempts: int, *, abandoned: bool = False) -> bool | None:
         """Give a claim back. abandoned: without saying that nothing was done. None: in doubt, it lapses by itself."""
@@ -166,7 +165,8 @@ class Claims:
         """True if a claim that won may be over before its handler is: half of its lease has gone by."""
         return isinstance(claim.outcome, Claimed) and self._clock() - claim.asked_at > self._policy.lease / 2
 
-    def _request(self, work: Work, *, reserve: bool = False) -> ClaimRequest:
+    def request(self, work: Work, *, reserve: bool = False) -> ClaimRequest:
+        """What to ask for a message; with the nonce of its claim that was in doubt, if there was one."""
         nonce = None
         if self._doubtful:
             with self._lock:

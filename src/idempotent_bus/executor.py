@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from .abandoned import AbandonedRecord, note_of
@@ -35,7 +35,7 @@ from .failing import Failing
 from .finishing import UNDER_WAY, Finish, Finishing, Streams
 from .hooks import ACK, COMPLETE, DEAD_LETTER, HANDLER, PROBE, QUARANTINE, RENEW, WAIT, Step, direct
 from .lease import LeaseKeeper, keeper_for
-from .model import Busy, Claimed, Completed, Completion, Conflict, Hold, Quarantined, Reason
+from .model import Busy, Claimed, ClaimRequest, Completed, Completion, Conflict, Hold, Quarantined, Reason
 from .policy import Policy
 from .results import MAX_RESULT_BYTES, decode_result, encode_result, last_line
 from .store import QuarantineStore, Store
@@ -125,8 +125,10 @@ class Executor:
                     silent = streamed.in_doubt
                 claim = ahead.pop(index, None)
                 if silent:
-                    if claim is not None:
+                    if claim is not None and claim.request.reserve:
                         claims.remember(claim.request)
+                    elif claim is not None:  # it went along, one at most: its attempt is counted
+                        claims.let_go(claim)
                     endings.append(self._in_doubt(work))
                     continue
                 if claim is None:
@@ -135,9 +137,12 @@ class Executor:
                     # Its reply was lost, or neighbours took long: asking again with the same nonce tells whether
                     # it is ours.
                     claim = claims.singly(work, claim.request)
-                along = streamed is not None and self._claim_along(streamed, works, index + 1, ahead)
+                if streamed is not None:
+                    claimed_in_turn = index + 1 < len(works) and index + 1 not in ahead
+                    streamed.next_up = works[index + 1] if claimed_in_turn else None
                 ending = self._dispatch(work, claim, finish)
-                if along and streamed is not None and (claim := streamed.claimed()) is not None:
+                claim = None if streamed is None else streamed.claimed()
+                if claim is not None and not isinstance(claim.outcome, Busy):  # with its first copy, maybe: asked again
                     ahead[index + 1] = claim
                 silent = ending.how is Ended.IN_DOUBT and bool(claims.silence)
                 endings.append(ending)
@@ -145,26 +150,17 @@ class Executor:
                 streamed.settle()
         except BaseException:
             for claim in ahead.values():
-                claims.give_back(claim)
+                claims.let_go(claim)
             if streamed is not None:
                 streamed.leave()
                 if (claim := streamed.claimed()) is not None:
-                    claims.give_back(claim)
+                    claims.let_go(claim)
             raise
         if streamed is not None:
             return [  # by place: going through the works may end with an error
                 streamed.ended(works[index]) if ending is UNDER_WAY else ending for index, ending in enumerate(endings)
             ]
         return endings
-
-    def _claim_along(self, streamed: Finishing, works: Sequence[Work], index: int, ahead: Mapping[int, Claim]) -> bool:
-        """Let the next message be claimed with this one's completion, if it is not claimed yet."""
-        if index in ahead or index == len(works) or not streamed.can_claim:
-            return False
-        request = self._claims.fresh(works[index], reserve=self._failing.is_too_old(works[index]))
-        if request is not None:
-            streamed.then(request)
-        return request is not None
 
     def _streamed(self) -> Finishing | None:
         """For a window: its completions, if the store can take them without being waited for."""
@@ -177,13 +173,19 @@ class Executor:
         if stream is None:
             return None
         return Finishing(
-            stream,
+            *stream,
             completion=self._completion,
             conclude=self._conclude,
             finish=self.finish,
+            request=self._request_along,
             clock=self._clock,
             step=self._step,
         )
+
+    def _request_along(self, work: Work) -> ClaimRequest | None:
+        """For a claim that goes along with the completion before it. None while the store gives no clear answer."""
+        claims = self._claims
+        return None if claims.silence else claims.request(work, reserve=self._failing.is_too_old(work))
 
     def _completion(self, execution: LeasedExecution, value: Any) -> Completion:
         self._keeper.remove(execution)  # before, so that a renewal which meets the completed record is no lost lease

@@ -21,7 +21,7 @@ from .claims import Claim
 from .errors import StoreError
 from .execution import LeasedExecution
 from .hooks import CLAIMED, COMPLETE, DURABLE, Step
-from .model import ClaimRequest, Completion, Settled
+from .model import ClaimOutcome, ClaimRequest, Completion, Settled
 from .store import ClaimingStream, CompletionStream, StreamStore
 from .work import Ended, Ending, Work
 
@@ -44,38 +44,51 @@ class Streams:
     def __init__(self) -> None:
         self._local = threading.local()
 
-    def of(self, store: object) -> CompletionStream | None:
-        """This thread's stream; None if the store has none, or one whose completions may die with this process."""
-        if not isinstance(store, StreamStore):
-            return None
+    def of(self, store: object) -> tuple[CompletionStream, ClaimingStream | None] | None:
+        """This thread's stream, and again if it carries claims.
+
+        None if the store has none, or one whose completions may die with this process.
+        """
         mine = getattr(self._local, "mine", None)
         if mine is None or mine[0] != os.getpid() or mine[1] is not store:
-            mine = self._local.mine = (os.getpid(), store, store.stream())
-        stream: CompletionStream = mine[2]
-        return stream if stream.survives else None
+            if not isinstance(store, StreamStore):
+                return None
+            stream = store.stream()
+            mine = self._local.mine = (
+                os.getpid(),
+                store,
+                stream,
+                stream if isinstance(stream, ClaimingStream) else None,
+            )
+        return mine[2:] if mine[2].survives else None
 
 
 class Finishing:
     """The completions of one window. For one thread.
 
-    completion: what is sent for an execution that returned this, once it is renewed no more. conclude: notes that it is
-    durable, and acks. finish: completes and acks the ordinary way.
+    claiming: the stream again, if it carries claims. completion: what is sent for an execution that returned this, once
+    it is renewed no more. conclude: notes that it is durable, and acks. finish: completes and acks the ordinary way.
+    request: for the claim of `next_up`, or None if it is to be asked for in its turn.
     """
 
     def __init__(
         self,
         stream: CompletionStream,
+        claiming: ClaimingStream | None,
         *,
         completion: Callable[[LeasedExecution, Any], Completion],
         conclude: Finish,
         finish: Finish,
+        request: Callable[[Work], ClaimRequest | None],
         clock: Callable[[], float],
         step: Step,
     ) -> None:
         self._stream = stream
+        self._claiming = claiming
         self._completion = completion
         self._conclude = conclude
         self._finish = finish
+        self._request = request
         self._clock = clock
         self._step = step
         #: By ticket, in their order: the execution, what it returned, and when its completion left.
@@ -85,50 +98,46 @@ class Finishing:
         #: True once the store gave no clear answer to a completion of this window.
         self.in_doubt = False
         self._ended: dict[Work, Ending] = {}
-        self._claiming = stream if isinstance(stream, ClaimingStream) else None
-        #: The claim that goes with the next completion, and when that left.
-        self._next: ClaimRequest | None = None
-        self._next_left: float | None = None
-
-    @property
-    def can_claim(self) -> bool:
-        """Whether the next message's claim can go along with a completion."""
-        return self._claiming is not None
-
-    def then(self, request: ClaimRequest) -> None:
-        """Before a handler runs: let the next message's claim go with its completion. `claimed` tells of it."""
-        assert self._claiming is not None
-        self._claiming.then(request)
-        self._next, self._next_left = request, None
-
-    def claimed(self) -> Claim | None:
-        """The claim that went with the last completion, and its answer; waits for it. None: none has left."""
-        request, left = self._next, self._next_left
-        if request is None or self._claiming is None:
-            return None
-        self._next = self._next_left = None
-        if left is None:
-            self._claiming.claimed(request)  # so that it never leaves
-            return None
-        try:
-            return Claim(request, self._step(CLAIMED, self._claiming.claimed, request), left)
-        except StoreError:  # an injected fault: a stream raises nothing
-            return Claim(request, None, left)
+        #: The message behind the one that is handled, where its claim may go along with this one's completion.
+        self.next_up: Work | None = None
+        #: That claim, and when it left.
+        self._asked: tuple[ClaimRequest, float] | None = None
 
     def begin(self, execution: LeasedExecution, value: Any, /) -> Ending:
         """Send the completion. UNDER_WAY, or how it ended if that is known at once."""
         with execution.lock:
             if execution.completed is not None:  # by the handler itself
                 return self._finish(execution, value)
-            if self._next is not None:
-                self._next_left = self._clock()
+            left = self._clock()
+            completion, request = self._completion(execution, value), self._along()
             try:
-                ticket = self._step(COMPLETE, self._stream.begin, self._completion(execution, value))
+                if request is None or self._claiming is None:
+                    ticket = self._step(COMPLETE, self._stream.begin, completion)
+                else:
+                    self._asked = request, left
+                    ticket = self._step(COMPLETE, self._claiming.begin, completion, request)
             except StoreError:  # an injected fault: a stream raises nothing
                 return self._finish(execution, value)
-        self._under_way[ticket] = execution, value, self._clock()
+        self._under_way[ticket] = execution, value, left
         self._keys.add(execution.hold.key)
         return UNDER_WAY
+
+    def _along(self) -> ClaimRequest | None:
+        work, self.next_up = self.next_up, None
+        return None if work is None or self._claiming is None else self._request(work)
+
+    def claimed(self) -> Claim | None:
+        """The claim that went along with the last completion, and its answer; waits for it. None: none went."""
+        if self._asked is None or self._claiming is None:
+            return None
+        request, left = self._asked
+        outcome: ClaimOutcome | None
+        try:
+            outcome = self._step(CLAIMED, self._claiming.claimed, request)
+        except StoreError:  # an injected fault: a stream raises nothing
+            outcome = None
+        self._asked = None
+        return Claim(request, outcome, left)
 
     def make_room(self, key: bytes) -> None:
         """Before a message is handled: wait until few enough completions are under way, and none for long.

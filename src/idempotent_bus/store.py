@@ -166,22 +166,16 @@ class CompletionStream(Protocol):
 
 @runtime_checkable
 class ClaimingStream(CompletionStream, Protocol):
-    """A stream that can carry a claim along with a completion, so that the next message costs no round trip of its own.
+    """A stream that can carry a claim along with a completion, which spares the next message a round trip."""
 
-    The claim is made behind the completion, in the same step, as `Store.claim` makes it.
-    """
-
-    def then(self, request: ClaimRequest, /) -> None:
-        """Let this claim go with the next completion that is begun. Before the handler runs, so that it delays nothing.
-
-        It takes the place of one that was given before and has not left.
-        """
+    def begin(self, completion: Completion, claim: ClaimRequest | None = None, /) -> int:
+        """As `CompletionStream.begin`. claim: made in the same step, behind the completion, as `Store.claim` does."""
         ...
 
     def claimed(self, request: ClaimRequest, /) -> ClaimOutcome | None:
-        """The answer to a claim, if it left with the last `begin`, told once; waits for it.
+        """The answer to the claim that left with the last completion, told once; waits for it.
 
-        None: it has not left, and now never will; or nothing is known of its outcome: ask again with the same request.
+        None: nothing is known of its outcome, so ask again with the same request.
         """
         ...
 

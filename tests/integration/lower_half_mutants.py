@@ -270,7 +270,7 @@ MUTANTS = [
     # replies that get lost
     Mutant(
         "a_claim_whose_reply_was_lost", "asked again with another nonce", "a claim that was made is recognised",
-        Claims, "singly", (("self.store().claim, request)", "self.store().claim, self._request(work))"),),
+        Claims, "singly", (("self.store().claim, request)", "self.store().claim, self.request(work))"),),
     ),
     Mutant(
         "a_claim_whose_reply_was_lost", "the nonce in doubt is forgotten", "a claim that was in doubt is recognised",
@@ -332,7 +332,7 @@ MUTANTS = [
     ),
     Mutant(
         "a_reservation_is_given_back", "kept", "what never started blocks nobody",
-        Executor, "handle_window", (("claims.give_back(claim)", "pass"),),
+        Executor, "handle_window", (("claims.let_go(claim)", "pass"),),
     ),
     Mutant(
         "a_reservation_is_given_back", "given back with an attempt", "what never started blocks nobody",

@@ -28,8 +28,11 @@ from idempotent_bus.hooks import (
     WAIT,
 )
 from idempotent_bus.identity import record_key
-from idempotent_bus.model import Reason, State
+from idempotent_bus.model import ClaimRequest, Hold, Reason, State
+from idempotent_bus.policy import Backoff
 from idempotent_bus.results import MAX_RESULT_BYTES
+from idempotent_bus.store import CompletionStream
+from idempotent_bus.stores.streams import DirectStream
 from idempotent_bus.work import Ended, Work
 
 SECRET = "biz-s3cret-77"
@@ -880,7 +883,7 @@ def test_a_claim_along_is_given_back_if_its_handler_never_starts(bench: Bench) -
 
 
 def test_a_handler_that_ends_the_window_leaves_no_claim(bench: Bench) -> None:
-    """A signal in a handler: the claim that was to go along has not left, and never does."""
+    """A signal in a handler: the claim of the next message has not left, and never does."""
 
     def killed() -> None:
         raise Killed
@@ -889,9 +892,102 @@ def test_a_handler_that_ends_the_window_leaves_no_claim(bench: Bench) -> None:
     executor = bench.executor()
     with pytest.raises(Killed):
         executor.handle_window(works)
-    assert state(bench, "b") is None
     assert hows(executor.handle_window([bench.work(lambda: None, name) for name in "cd"])) == ["completed"] * 2
     assert state(bench, "b") is None
+
+
+class SlowClaims:
+    """A store whose claims take a moment, as in life; the completions of one key find its node down."""
+
+    def __init__(self, bench: Bench, down: str = "") -> None:
+        self._bench, self._down = bench, record_key(SCOPE, down) if down else None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bench.memory, name)
+
+    def claim(self, request: ClaimRequest) -> Any:
+        outcome = self._bench.memory.claim(request)
+        self._bench.clock.advance(0.002)
+        return outcome
+
+    def complete(self, hold: Hold, **settings: Any) -> bool:
+        if hold.key == self._down:
+            raise StoreUnavailable("its node is down")
+        return self._bench.memory.complete(hold, **settings)
+
+    def stream(self) -> CompletionStream:
+        return DirectStream(self)
+
+
+@pytest.mark.parametrize("policy", ["rerun", "quarantine"])
+def test_a_claim_along_is_given_back_once_the_store_falls_silent(policy: Any) -> None:
+    """I12: `b` was won, and is put off since the completion of `a` is in doubt: it never started, so it costs no
+    attempt, and is not taken for one whose worker died."""
+    bench = Bench(on_abandoned=policy)
+    bench.store = SlowClaims(bench, down="a")
+    assert hows(bench.executor().handle_window(came_back(bench, "a", "b"))) == ["in doubt"] * 2
+    assert (state(bench, "b"), attempts(bench, "b")) == (State.RELEASED, 0)
+
+
+@pytest.mark.parametrize(("step", "how"), [(CLAIMED, "error"), (CLAIMED, "reply_lost"), (RELEASE, "error")])
+def test_a_claim_in_doubt_is_remembered_when_the_broker_goes(step: str, how: str) -> None:
+    """I12, I15: one blip strikes store and broker. The message comes back to this consumer, which asks with the same
+    nonce: it is not kept waiting by its own claim, nor taken for one whose worker died."""
+    bench = Bench(on_abandoned="quarantine")
+    bench.store = SlowClaims(bench)
+    getattr(bench.steps, how)(step)
+
+    def gone(call: Callable[[], Any]) -> None:
+        raise ConnectionError
+
+    bench.steps.at(ACK, gone)
+    executor = bench.executor()
+    with pytest.raises(ConnectionError):
+        executor.handle_window(came_back(bench, "a", "b"))
+    assert hows(executor.handle_window(came_back(bench, "a", "b"))) == ["replayed", "completed"]
+    assert attempts(bench, "b") == 1
+
+
+def test_one_claim_in_doubt_keeps_no_other_from_going_along(bench: Bench) -> None:
+    """A message that was put off in doubt may never come back here."""
+    executor = bench.executor()
+    bench.steps.error(CLAIM, 2)
+    assert hows(executor.handle_window(came_back(bench, "x"))) == ["in doubt"]
+    assert hows(executor.handle_window(came_back(bench, "a", "b", "c"))) == ["completed"] * 3
+    assert bench.steps.passed.count(CLAIMED) == 2
+
+
+def test_what_grew_too_old_meanwhile_counts_no_attempt(bench: Bench) -> None:
+    """I11: `b` is older than the retention when the handler of `a` is through: a worker that dies before the dead
+    letter must leave nothing by which the next one takes it for a message that has only failed before."""
+    bench = Bench(retention=10_000.0, backoff=Backoff(1.0, 10.0))
+    works = came_back(bench, "a", a=lambda: bench.clock.advance(100))
+    works.append(bench.work(lambda: None, "b", redelivered=True, published_at=bench.clock() - 9_950))
+
+    def killed(call: Callable[[], Any]) -> None:
+        raise Killed
+
+    bench.steps.at(DEAD_LETTER, killed)
+    with pytest.raises(Killed):
+        bench.executor().handle_window(works)
+    bench.clock.advance(61)
+    late = bench.work(boom, "b", redelivered=True, published_at=bench.clock() - 10_111)
+    assert hows([bench.executor().handle(late)]) == ["dead"]
+
+
+def test_a_copy_is_not_put_off_by_the_completion_in_its_way(bench: Bench) -> None:
+    """I8: the completion of the first copy needs a second try; the other copy, which found it busy, is asked again."""
+    complete, refused = bench.memory.complete, []
+
+    def once_not(hold: Hold, **settings: Any) -> bool:
+        if not refused:
+            refused.append(hold)
+            raise StoreUnavailable("once")
+        return complete(hold, **settings)
+
+    bench.memory.complete = once_not  # type: ignore[method-assign]
+    works = [bench.work(lambda: None, "a", redelivered=True) for _ in range(2)]
+    assert hows(bench.executor().handle_window(works)) == ["completed", "replayed"]
 
 
 def test_a_reservation_with_attempts_behind_it_is_counted(bench: Bench) -> None:

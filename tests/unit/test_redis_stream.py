@@ -157,8 +157,7 @@ def test_a_client_that_is_closed_leaves_all_in_doubt(then: str) -> None:
 def test_a_claim_leaves_in_the_same_send_and_is_answered_behind(server: Server) -> None:
     """One `sendall` for both; the reply behind the completion's is the claim's, and the next completion's follows."""
     stream = server.stream(1)
-    stream.then(NEXT)
-    stream.begin(ONE)
+    stream.begin(ONE, NEXT)
     stream.begin(ONE)
     assert server.end.recv(100) == b"commandcommand and claimcommand"
     assert stream.claimed(NEXT) is None  # its answer is not for one that came later
@@ -176,8 +175,7 @@ def test_a_claim_leaves_in_the_same_send_and_is_answered_behind(server: Server) 
 def test_a_claims_reply_touches_no_completion(server: Server, reply: bytes, outcome: ClaimOutcome | None) -> None:
     """I9: what is no clear answer is none. The completions beside it are told of as ever."""
     stream = server.stream(1)
-    stream.then(NEXT)
-    stream.begin(ONE)
+    stream.begin(ONE, NEXT)
     server.end.sendall(b":1\r\n:1\r\n" + reply)
     assert stream.claimed(NEXT) == outcome
     stream.begin(ONE)
@@ -189,8 +187,7 @@ def test_a_claims_reply_touches_no_completion(server: Server, reply: bytes, outc
 def test_a_claim_whose_reply_does_not_come_is_in_doubt(server: Server) -> None:
     """I9, I4: the connection goes, and nothing that it might still say is taken for an answer."""
     stream = server.stream(0)
-    stream.then(NEXT)
-    stream.begin(ONE)
+    stream.begin(ONE, NEXT)
     server.end.sendall(b":1\r\n$1\r\n7")
     assert stream.claimed(NEXT) is None
     assert stream.settle() == [Settled(1, None)]

@@ -67,7 +67,7 @@ class RedisStream:
         self._bytes = 0
         self._replies: Any = None  # of `replies_of`, while there is a connection
         self._ended: list[Settled] = []
-        self._next: tuple[ClaimRequest, bytes] | None = None
+        #: The claim that went with the last completion, and its answer.
         self._asked: ClaimRequest | None = None
         self._outcome: ClaimOutcome | None = None
 
@@ -75,21 +75,19 @@ class RedisStream:
     def pending(self) -> int:
         return len(self._under_way) + len(self._ended)
 
-    def begin(self, completion: Completion, /) -> int:
+    def begin(self, completion: Completion, claim: ClaimRequest | None = None, /) -> int:
         self._begun += 1
         ticket = self._begun
+        self._asked, self._outcome = claim, None
         try:
             packed = self._packed(completion)
+            if claim is not None:
+                packed += self._claiming(claim)
         except (RedisError, OSError):
             packed = b""  # the server could not be asked whether it evicts
-        request, self._asked, self._outcome = None, None, None
-        if self._next is not None and packed:
-            request, claim = self._next
-            self._asked, packed = request, packed + claim
-        self._next = None
         while self._under_way and (len(self._under_way) >= _MOST or self._bytes + len(packed) > _MOST_BYTES):
             self._read_one()
-        self._under_way.append((ticket, completion, len(packed), request))
+        self._under_way.append((ticket, completion, len(packed), claim))
         self._bytes += len(packed)
         if not packed:
             self._broken()
@@ -114,14 +112,7 @@ class RedisStream:
             raise
         return ticket
 
-    def then(self, request: ClaimRequest, /) -> None:
-        try:
-            self._next = request, self._claiming(request)
-        except (RedisError, OSError):
-            self._next = None  # the server could not be asked whether it evicts
-
     def claimed(self, request: ClaimRequest, /) -> ClaimOutcome | None:
-        self._next = None
         if request is not self._asked:
             return None
         while self._under_way:

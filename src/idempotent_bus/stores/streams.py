@@ -27,7 +27,6 @@ class DirectStream:
         self._store = store
         self._begun = 0
         self._ended: list[Settled] = []
-        self._next: ClaimRequest | None = None
         #: The claim that went with the last completion, and its answer.
         self._last: tuple[ClaimRequest, ClaimOutcome] | None = None
 
@@ -35,7 +34,7 @@ class DirectStream:
     def pending(self) -> int:
         return len(self._ended)
 
-    def begin(self, completion: Completion, /) -> int:
+    def begin(self, completion: Completion, claim: ClaimRequest | None = None, /) -> int:
         self._begun += 1
         durable: bool | None
         try:
@@ -43,17 +42,14 @@ class DirectStream:
         except StoreError:
             durable = None
         self._ended.append(Settled(self._begun, durable))
-        request, self._next, self._last = self._next, None, None
-        if request is not None:
+        self._last = None
+        if claim is not None:
             with suppress(StoreError):
-                self._last = request, self._store.claim(request)
+                self._last = claim, self._store.claim(claim)
         return self._begun
 
-    def then(self, request: ClaimRequest, /) -> None:
-        self._next = request
-
     def claimed(self, request: ClaimRequest, /) -> ClaimOutcome | None:
-        last, self._last, self._next = self._last, None, None
+        last, self._last = self._last, None
         return last[1] if last is not None and last[0] is request else None
 
     def poll(self, timeout: float = 0.0) -> list[Settled]:

@@ -271,8 +271,7 @@ class CompletionsContract:
         assert race([lambda number=number: work(number) for number in range(5)]) == [True] * 5  # type: ignore[misc]
 
     def test_a_claim_goes_along_with_a_completion(self, contract_store: Subject) -> None:
-        """Where a stream can: a claim behind a completion answers as `claim` does, whatever becomes of the completion;
-        of one that was not begun nothing is left."""
+        """Where a stream can: a claim behind a completion answers as `claim` does, however the completion ends."""
         store = contract_store.store
         stream = store.stream()
         if not isinstance(stream, ClaimingStream):
@@ -280,25 +279,20 @@ class CompletionsContract:
             return
         singly, along = (_holds_of_every_kind(contract_store, 40) for _ in range(2))
         for one, other in zip(singly, along, strict=True):
-            request, same = ask(new_key()), ask(other.hold.key)
             store.complete(one.hold, result=one.result, retention=one.retention)
             expected = [store.claim(ask(new_key())), store.claim(ask(one.hold.key))]
+            asked = [ask(new_key()), ask(other.hold.key)]
             answers = []
-            for claim in (request, same):
-                stream.then(ask(new_key()))  # the next one takes its place
-                stream.then(claim)
-                stream.begin(other)
-                answers.append(stream.claimed(claim))
-                assert stream.claimed(claim) is None
+            for request in asked:
+                stream.begin(other, request)
+                answers.append(stream.claimed(request))
+                assert stream.claimed(request) is None, "it is told once"
             assert [_shape(answer) for answer in answers] == [_shape(outcome) for outcome in expected]
-            assert store.claim(request) == answers[0], "it is the same claim"
-        assert [settled.ticket for settled in stream.settle()] == list(range(1, 2 * len(along) + 1))
-        never = ask(new_key())
-        stream.then(never)
-        assert stream.claimed(never) is None
+            assert store.claim(asked[0]) == answers[0], "it is the same claim"
+        stream.begin(along[0], asked[0])
         stream.begin(along[0])
-        assert [settled.ticket for settled in stream.settle()] == [2 * len(along) + 1]
-        assert isinstance(store.claim(ask(never.key)), Claimed)
+        assert stream.claimed(asked[0]) is None, "it did not leave with the last one"
+        assert [settled.ticket for settled in stream.settle()] == list(range(1, 2 * len(along) + 3))
         stream.close()
 
 
