@@ -332,7 +332,7 @@ MUTANTS = [
     ),
     Mutant(
         "a_reservation_is_given_back", "kept", "what never started blocks nobody",
-        Executor, "handle_window", (("claims.let_go(claim)", "pass"),),
+        Executor, "handle_window", (("for claim in ahead.values():", "for claim in ():"),),
     ),
     Mutant(
         "a_reservation_is_given_back", "given back with an attempt", "what never started blocks nobody",

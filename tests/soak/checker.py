@@ -2,9 +2,10 @@
 
 An execution is *cut off* if its effect is there and its completion was never told: by its own process, as durable. What
 may follow is one effect more, and only where the cause is one that no library can mend for an effect in another
-system: its process was killed, or stopped for longer than its lease; or, in the cell where replicas are promoted, the
-store forgot it. Whatever is doubled beyond that is unexcused. Where a probe or a person decides on what was abandoned,
-and in the inbox, no kill excuses anything.
+system: its process was killed, or stopped for longer than its lease; or the store answered nobody while the completion
+was asked for again and again, until it was given up in doubt (a process that is stopped while it writes to SQLite locks
+all others out); or, in the cell where replicas are promoted, the store forgot it. Whatever is doubled beyond that is
+unexcused. Where a probe or a person decides on what was abandoned, and in the inbox, no kill excuses anything.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 __all__ = ["Life", "check"]
 
-_EXCUSES = ("killed", "under way", "frozen", "forgotten")
+_EXCUSES = ("killed", "under way", "frozen", "in doubt", "forgotten")
 _MOST_TOLD = 50
+#: Seconds between the tries of a completion: the first pause, doubled each time, and the longest. It is given up where
+#: the next one would go past a lease's time.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 
 
 @dataclass
@@ -47,6 +52,10 @@ class _Read:
     completed: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     begun: set[tuple[str, str]] = field(default_factory=set)
     refused: dict[tuple[str, str], float] = field(default_factory=dict)
+    #: Completions without a clear answer: when first asked, when last told so, and how many tries. And when anybody's
+    #: had a clear one.
+    unclear: dict[tuple[str, str], tuple[float, float, int]] = field(default_factory=dict)
+    answers: list[float] = field(default_factory=list)
     replayed: set[str] = field(default_factory=set)
     acked_early: list[str] = field(default_factory=list)
     attempts: Counter[str] = field(default_factory=Counter)
@@ -65,12 +74,17 @@ def _read(lines: Iterable[list[str]]) -> _Read:
             if token != "-":
                 found.tokens[key, token].add(life)
         elif what == "completed":
+            found.answers.append(float(line[-1]))
             found.completed[line[1]].add(line[2])
             known.add((line[3], line[1]))
         elif what == "begun":
             found.begun.add((line[1], line[2]))
         elif what == "refused":
+            found.answers.append(float(line[-1]))
             found.refused[line[1], line[2]] = float(line[-1])
+        elif what == "unclear":
+            asked, _, tries = found.unclear.get((line[1], line[2]), (float(line[3]), 0.0, 0))
+            found.unclear[line[1], line[2]] = asked, float(line[-1]), tries + 1
         elif what == "replayed":
             found.replayed.add(line[1])
             known.add((line[2], line[1]))
@@ -199,6 +213,29 @@ def _excuse(run: _Run, life: Life, history: _Read, lease: float, forgets: bool) 
     lasted = history.refused.get((run.key, run.token), run.began) - run.began
     if life.stopped >= lease * 0.9 or lasted >= lease * 0.9:  # also where the machine gave it no time
         return "frozen"
+    if _given_up(run, history, lease):
+        return "in doubt"
     if life.killed:
         return "under way" if (run.key, run.token) in history.begun else "killed"
     return "forgotten" if forgets else ""
+
+
+def _given_up(run: _Run, history: _Read, lease: float) -> bool:
+    """Whether its completion was given up in doubt, as it may be: after a lease's time of tries without any answer.
+
+    Not if the store answered others' completions through most of that time, nor if another one ran before its lease
+    can have been over: a handler starts in the first half of it.
+    """
+    hold = run.key, run.token
+    if hold not in history.unclear or hold in history.refused:
+        return False
+    asked, told, tries = history.unclear[hold]
+    pause = min(_FIRST_PAUSE * 2 ** (tries - 1), _LONGEST_PAUSE)
+    moments = [asked, *sorted(time for time in history.answers if asked < time < told), told]
+    silent = max(after - before for before, after in pairwise(moments))
+    later = [one for one in history.runs.values() if one.key == run.key and int(one.token) > int(run.token)]
+    return (
+        told - asked >= lease * 0.9 - pause
+        and silent >= lease - _LONGEST_PAUSE
+        and all(one.began - run.began >= lease / 2 for one in later)
+    )

@@ -36,6 +36,32 @@ def test_a_death_before_the_completion_excuses_one_double() -> None:
     assert found["unexcused"] == 2
 
 
+UNCLEAR = [f"unclear k 1 {asked} StoreUnavailable 1 {asked + 1.5}" for asked in (0.1, 1.7, 3.3)]
+
+
+def test_a_completion_given_up_in_doubt_excuses_one_double() -> None:
+    """I2, I15: a store that answers nobody for a lease's time leaves no way to tell. The next one runs after it."""
+    found = look([ATTEMPT, *UNCLEAR, AGAIN, DONE_AGAIN, "acking k 2 5.2"], [ONE, TWO])
+    assert (found["doubled"], found["doubled_by"], found["unexcused"]) == (1, {"in doubt": 1}, 0)
+    asked = look([ATTEMPT, *UNCLEAR, AGAIN, DONE_AGAIN], [ONE, TWO], wanted={"m1": "asked"})
+    assert asked["unexcused"] == 1, "a probe sees the effect"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [ATTEMPT, *UNCLEAR[:2], AGAIN, DONE_AGAIN],
+        [ATTEMPT, *UNCLEAR, *(f"completed j{n} 9 3 {n}" for n in range(1, 5)), AGAIN, DONE_AGAIN],
+        [ATTEMPT, *UNCLEAR, "attempt m1 k 2 r2 2 1.9", DONE_AGAIN],
+        [ATTEMPT, UNCLEAR[0], "refused k 1 1 3.2", AGAIN, DONE_AGAIN],
+    ],
+    ids=["given up too early", "others were answered", "taken over while it was leased", "it had an answer"],
+)
+def test_a_doubt_that_need_not_be_excuses_nothing(lines: list[str]) -> None:
+    """Only a silence that lasts for as good as the lease is an excuse."""
+    assert look(lines, [ONE, TWO])["unexcused"] == 1
+
+
 @pytest.mark.parametrize(
     ("lines", "effects", "options", "broken"),
     [

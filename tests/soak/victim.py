@@ -103,11 +103,13 @@ class Steps:
                 self._die()
         if name == hooks.ACK:
             self._write("acking", _record_of(function), self._life)
+        asked = time.monotonic()
         try:
             result = function(*args, **kwargs)
         except BaseException as error:
-            if name in (hooks.COMPLETE, hooks.COMMIT):
-                self._write("unclear", name, type(error).__name__, self._life)
+            if name == hooks.COMPLETE:
+                hold = args[0].hold if isinstance(args[0], Completion) else args[0]
+                self._write("unclear", hold.key.hex(), hold.token, f"{asked:.3f}", type(error).__name__, self._life)
             raise
         self._note(name, function, args, result)
         # A claim that found nothing is no kill worth counting.
