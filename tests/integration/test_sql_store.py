@@ -537,3 +537,24 @@ def test_a_completion_is_updated_in_place(url: str, prefix: str) -> None:
     engine.dispose()
     assert updated == 200
     assert in_place >= 190
+
+
+@over("postgresql")
+def test_rows_of_earlier_versions_have_no_result(url: str, prefix: str) -> None:
+    """A completed row without a result costs no map of its NULLs, and one that was written with NULL says the same."""
+    with opened(url, prefix) as store:
+        held, done = take(store, ask()), take(store, ask())
+        assert store.complete(done, result=None, retention=3600)
+        engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            query = f"SELECT count(*) FROM {prefix}records WHERE result IS NULL"
+            assert connection.exec_driver_sql(query).scalar() == 0
+            connection.exec_driver_sql(f"UPDATE {prefix}records SET result = NULL")
+        engine.dispose()
+        assert store.claim(ClaimRequest(done.key, os.urandom(16), 60, 3600)) == Completed(None)
+        for hold in (held, done):
+            record = store.lookup(hold.key)
+            assert record is not None
+            assert record.result is None
+        assert store.complete(held, result=b"", retention=3600)
+        assert store.claim(ClaimRequest(held.key, os.urandom(16), 60, 3600)) == Completed(b"")

@@ -256,7 +256,8 @@ class PostgreSQL(Flavour):
 
     def _load(self, tables: sa.MetaData, **fill: str) -> dict[str, str]:
         sequence = quoted(self.dialect, schema.tokens(tables, self.dialect))
-        return super()._load(tables, next_token=f"nextval('{sequence}')", **fill)
+        told = "CASE WHEN r.result = '' AND r.state <> 5 AND r.flags < 2 THEN NULL ELSE r.result END"
+        return super()._load(tables, next_token=f"nextval('{sequence}')", told=told, **fill)
 
     def digest(self, value: bytes) -> str:
         return value.hex()  # a uuid's text; cheaper to make than a UUID
