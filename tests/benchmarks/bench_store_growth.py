@@ -145,9 +145,10 @@ BEGIN
   WHILE done < {count} LOOP
     WITH fresh AS (
       INSERT INTO {records}
-        (record_key, nonce, token, state, flags, attempts, redrive, lease_ends, kept_until, purge_after, fingerprint)
+        (record_key, nonce, token, state, flags, attempts, redrive, lease_ends, kept_until, purge_after, fingerprint,
+         result)
       SELECT gen_random_uuid(), gen_random_uuid(), n, 2, 0, 1, 0, now_us + n + 60000000, now_us + n + 60000000 + {kept},
-             now_us + n + {kept}, substring(uuid_send(gen_random_uuid()) FROM 1 FOR 8)
+             now_us + n + {kept}, substring(uuid_send(gen_random_uuid()) FROM 1 FOR 8), ''
       FROM generate_series(done + 1, least(done + {window}, {count})) AS n
       RETURNING record_key)
     SELECT array_agg(record_key) INTO keys FROM fresh;
@@ -165,9 +166,9 @@ END $$
 #: The same in one statement, without the traces of a second version of each record.
 _FILL_QUICKLY = """
 INSERT INTO {records}
-  (record_key, nonce, token, state, flags, attempts, redrive, lease_ends, kept_until, purge_after, fingerprint)
+  (record_key, nonce, token, state, flags, attempts, redrive, lease_ends, kept_until, purge_after, fingerprint, result)
 SELECT gen_random_uuid(), gen_random_uuid(), n, 3, 0, 1, 0, now_us + n + 60000000, now_us + n + {kept},
-       now_us + n + {kept}, substring(uuid_send(gen_random_uuid()) FROM 1 FOR 8)
+       now_us + n + {kept}, substring(uuid_send(gen_random_uuid()) FROM 1 FOR 8), ''
 FROM generate_series(1, {count}) AS n, (SELECT CAST(extract(epoch FROM now()) * 1000000 AS bigint) AS now_us) AS clock
 """
 
