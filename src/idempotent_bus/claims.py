@@ -146,8 +146,12 @@ class Claims:
         return self.release(claim.hold, claim.outcome.attempt - 1, abandoned=claim.outcome.taken_over) is not None
 
     def let_go(self, claim: Claim) -> None:
-        """Give back the claim of a message that goes back to the broker; what is in doubt is remembered."""
-        if not self.give_back(claim):
+        """Give back the claim of a message that goes back to the broker; what is in doubt is remembered.
+
+        Not one that took over: abandoned again it keeps its nonce, and recognised by that it would count no attempt.
+        """
+        taken_over = isinstance(claim.outcome, Claimed) and claim.outcome.taken_over
+        if not self.give_back(claim) and not taken_over:
             self.remember(claim.request)
 
     def release(self, hold: Hold, attempts: int, *, abandoned: bool = False) -> bool | None:

@@ -127,7 +127,7 @@ class Executor:
                 if silent:
                     if claim is not None and claim.request.reserve:
                         claims.remember(claim.request)
-                    elif claim is not None:  # it went along, one at most: its attempt is counted
+                    elif claim is not None:  # it went along, so its attempt is counted
                         claims.let_go(claim)
                     endings.append(self._in_doubt(work))
                     continue
@@ -141,8 +141,7 @@ class Executor:
                     claimed_in_turn = index + 1 < len(works) and index + 1 not in ahead
                     streamed.next_up = works[index + 1] if claimed_in_turn else None
                 ending = self._dispatch(work, claim, finish)
-                claim = None if streamed is None else streamed.claimed()
-                if claim is not None and not isinstance(claim.outcome, Busy):  # with its first copy, maybe: asked again
+                if streamed is not None and (claim := streamed.claimed()) is not None:
                     ahead[index + 1] = claim
                 silent = ending.how is Ended.IN_DOUBT and bool(claims.silence)
                 endings.append(ending)

@@ -109,7 +109,7 @@ class Finishing:
             if execution.completed is not None:  # by the handler itself
                 return self._finish(execution, value)
             left = self._clock()
-            completion, request = self._completion(execution, value), self._along()
+            completion, request = self._completion(execution, value), self._along(execution.hold.key)
             try:
                 if request is None or self._claiming is None:
                     ticket = self._step(COMPLETE, self._stream.begin, completion)
@@ -122,9 +122,13 @@ class Finishing:
         self._keys.add(execution.hold.key)
         return UNDER_WAY
 
-    def _along(self) -> ClaimRequest | None:
+    def _along(self, key: bytes) -> ClaimRequest | None:
         work, self.next_up = self.next_up, None
-        return None if work is None or self._claiming is None else self._request(work)
+        if work is None or self._claiming is None:
+            return None
+        if work.key == key or work.key in self._keys:
+            return None  # a copy: its claim must wait until that completion is told to be done
+        return self._request(work)
 
     def claimed(self) -> Claim | None:
         """The claim that went along with the last completion, and its answer; waits for it. None: none went."""

@@ -27,6 +27,13 @@ ALONE: dict[str, Scenario] = {
     "streamed window of three": Scenario("abc", window=3, streaming=True),
     "streamed window with a copy": Scenario("aba", window=3, streaming=True),
     "streamed window with one that fails once": Scenario("abc", window=3, fails={"b": 1}, streaming=True),
+    "streamed window, claimed in turn": Scenario("abc", window=3, on_abandoned="probe", streaming=True),
+    "streamed window, claimed in turn, with a copy": Scenario(
+        "aba", window=3, on_abandoned="quarantine", streaming=True
+    ),
+    "streamed window, claimed in turn, with one that fails once": Scenario(
+        "ab", window=2, fails={"a": 1}, on_abandoned="probe", streaming=True
+    ),
     "quarantine": Scenario("a", on_abandoned="quarantine"),
     "quarantine, two copies": Scenario("aa", window=2, on_abandoned="quarantine"),
     "one that cannot tell": Scenario("a", doubts={"a": 1}),
@@ -41,6 +48,9 @@ TOGETHER: dict[str, Scenario] = {
     "two workers, one that fails once, and a copy": Scenario("aa", workers=2, fails={"a": 1}),
     "two workers, windows with copies": Scenario("abab", workers=2, window=2),
     "two workers, streamed windows with copies": Scenario("abab", workers=2, window=2, streaming=True),
+    "two workers, streamed windows, claimed in turn": Scenario(
+        "abab", workers=2, window=2, on_abandoned="probe", streaming=True
+    ),
     "two workers, a renewed lease and a copy": Scenario("aa", workers=2, slow="a"),
     "two workers, probe": Scenario("aa", workers=2, on_abandoned="probe"),
     "three workers, three copies": Scenario("aaa", workers=3),

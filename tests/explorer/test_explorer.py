@@ -25,6 +25,7 @@ PAIRS = (
     "two copies",
     "two bodies of one id",
     "quarantine",
+    "streamed window, claimed in turn, with one that fails once",
 )
 
 
@@ -68,7 +69,8 @@ def test_every_single_fault_on_a_real_store(place: str) -> None:
     """The same on the stores themselves: each fault at each step, one worker and several."""
     scenarios = {**ALONE, **TOGETHER}
     if place != "sqlite":
-        scenarios = {name: scenarios[name] for name in (*PAIRS, "window with a copy", "two workers, two copies")}
+        more = ("window with a copy", "streamed window, claimed in turn", "two workers, two copies")
+        scenarios = {name: scenarios[name] for name in (*PAIRS, *more)}
     coverage = explored(place, scenarios)
     assert coverage.schedules[1] > 150
 

@@ -948,6 +948,27 @@ def test_a_claim_in_doubt_is_remembered_when_the_broker_goes(step: str, how: str
     assert attempts(bench, "b") == 1
 
 
+def test_a_takeover_whose_giving_back_is_in_doubt_is_counted(bench: Bench) -> None:
+    """I12: `b`, whose worker had died, was taken over along with a completion, and abandoned again as the broker went;
+    the answer is lost. It comes back as its second run, however often that happens."""
+    bench.store = SlowClaims(bench)
+    bench.take("b")
+    bench.clock.advance(1000)
+    bench.steps.reply_lost(ABANDON)
+
+    def gone(call: Callable[[], Any]) -> None:
+        raise ConnectionError
+
+    bench.steps.at(ACK, gone)
+    executor = bench.executor()
+    with pytest.raises(ConnectionError):
+        executor.handle_window(came_back(bench, "a", "b"))
+    seen: list[int] = []
+    again = came_back(bench, "b", b=lambda: seen.append(current_execution().attempt))
+    assert hows(executor.handle_window(again)) == ["completed"]
+    assert seen == [2]
+
+
 def test_one_claim_in_doubt_keeps_no_other_from_going_along(bench: Bench) -> None:
     """A message that was put off in doubt may never come back here."""
     executor = bench.executor()

@@ -12,7 +12,8 @@ the connection options are kombu's. Options of ours, in `transport_options`:
   before a message goes to the dead list. A delay is not counted, nor a consumer that closes in an orderly way.
 * `keep_rejected` (true): `reject` without requeue moves to the dead list; false deletes, as kombu does.
 * `fetch_limit` (100): most messages in one fetch; never more than prefetch allows.
-* `ack_limit` (50), `ack_delay` (seconds, 0.1): how many acks are sent together, and how late at most.
+* `ack_limit` (50; if not given, a guarded consumer's prefetch where that is more), `ack_delay` (seconds, 0.1): how many
+  acks are sent together, and how late at most.
 
 What is not promised: a fanout message reaches who listens at that moment, as in kombu; requeued, it is handed to the
 same consumer again. The server must not evict keys (`maxmemory-policy noeviction`), and what a failover of Redis
