@@ -332,7 +332,8 @@ class World(Watch):
             if run.worker == worker and not run.over:
                 run.over = True
                 if run.effect and not run.completed:
-                    run.excuse = why
+                    superseded = run.token < self.tokens.get(run.biz_id, 0)
+                    run.excuse = "stalled" if superseded and self._has_stalled(run.worker) else why
 
     def hand_over(self, worker: int, action: Action) -> None:
         self.history.append((action.value, worker))
@@ -476,6 +477,8 @@ class World(Watch):
     def _excuse_superseded(self) -> None:
         """An execution whose lease lapsed while it stood still, and that somebody took over from, is told so."""
         for run in self.runs:
-            stalled = any(entry[:2] == ("stall", run.worker) for entry in self.history)
-            if run.effect and not run.completed and not run.excuse and stalled:
+            if run.effect and not run.completed and not run.excuse and self._has_stalled(run.worker):
                 run.excuse = "stalled"
+
+    def _has_stalled(self, worker: int) -> bool:
+        return any(entry[:2] == ("stall", worker) for entry in self.history)
