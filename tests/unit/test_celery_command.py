@@ -59,7 +59,9 @@ def claimed(store: MemoryStore, biz_id: str) -> Hold:
 def test_guarded_tasks_are_listed_and_others_are_not(app: Celery) -> None:
     """`inspect` shows each guarded task, with its scope and its dead letter, and no plain one."""
     rows = [json.loads(line) for line in run(app, "inspect", "--json").output.splitlines()]
-    assert [(row["task"], row["scope"], row["dead letter"]) for row in rows] == [
+    # Celery gives every app the shared tasks of all others in this process, so those of other tests too.
+    mine = [row for row in rows if row["task"] in ("issue", "plain")]
+    assert [(row["task"], row["scope"], row["dead letter"]) for row in mine] == [
         ("issue", "cards.issue", "cards.issue.dead")
     ]
 
