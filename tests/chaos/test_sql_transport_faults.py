@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from kombu import Connection, Queue
 
 from idempotent_bus.model import Landing
-from idempotent_bus.transports.sql.database import open_database
+from idempotent_bus.transports.sql.database import Database, open_database
 from idempotent_bus.transports.sql.lease import LeaseKeeper
 from sql_bus import DIALECTS, Bus, deliveries, drop, eventually, lines, open_bus
 
@@ -425,6 +425,45 @@ def test_a_cut_session_is_an_error_that_can_be_retried(unique: str, tmp_path: Pa
             _consume_with_reconnects(connection, bus.queue, handle, lambda: len(set(seen)) == 20)
             assert bus.count("held") == bus.count("message") == 0
             assert len(seen) == 20
+    finally:
+        server.dispose()
+        drop(bus)
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_an_ack_that_the_server_forgot_brings_the_message_back(
+    unique: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: bool
+) -> None:
+    """I1: a server that crashes forgets the acks of the last moment, and the consumer goes on over new sessions. Its
+    message must not stay with it, unknown, for as long as it lives. The control: without the look it does."""
+    if not looks:
+        monkeypatch.setattr(Database, "_note_cut", lambda self, context: None)
+    bus = open_bus("postgresql", unique, tmp_path, visibility_timeout=0.5, connect_args={"application_name": unique})
+    cut = sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = :name")
+    server = sa.create_engine(bus.url, isolation_level="AUTOCOMMIT")
+    held = bus.tables().held
+    try:
+        with bus.connect() as connection:
+            bus.publish(connection, 1, "a")
+            channel = connection.channel()
+            message = channel.basic_get(bus.queue.name)
+            with server.connect() as other:
+                row = other.execute(sa.select(held)).mappings().one()
+                message.ack()
+                assert bus.count("held") == 0
+                other.execute(sa.insert(held).values(**row))
+                other.execute(cut, {"name": unique})
+            # A renewal or another ack meets the cut, and is repeated: the fetch has no error of its own.
+            open_database(bus.url, bus.options).run(lambda connection: connection.execute(sa.select(held)), again=True)
+            again = None
+            deadline = time.monotonic() + 2.0
+            while again is None and time.monotonic() < deadline:
+                again = channel.basic_get(bus.queue.name)
+            assert (again is not None) is looks
+            if again is not None:
+                assert again.payload == 1
+                again.ack()
+            assert bus.count("held") == (0 if looks else 1)
     finally:
         server.dispose()
         drop(bus)

@@ -80,6 +80,9 @@ class Database:
         self._created = False
         #: Changes with every commit of this process; SQLite's data_version tells of the others' commits only.
         self.own_commits = 0
+        #: How often a server has cut a connection. It may have crashed, and with it go commits of the last moment that
+        #: did not wait for its disk: whoever holds messages must look what the server knows of them.
+        self.cuts = 0
 
     @property
     def is_sqlite(self) -> bool:
@@ -190,6 +193,7 @@ class Database:
             defaults = {"isolation_level": "READ COMMITTED", "pool_recycle": 1800}
             engine = sa.create_engine(self.url, **{**defaults, **options})
             sa.event.listen(engine, "connect", _prepare_server(_NO_LOITERING[self.dialect], *settings))
+            sa.event.listen(engine, "handle_error", self._note_cut)
             return engine
         arguments = {"check_same_thread": False, **options.get("connect_args", {})}
         if "timeout" not in self.url.query:
@@ -201,6 +205,10 @@ class Database:
         sa.event.listen(engine, "connect", _prepare_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)
         return engine
+
+    def _note_cut(self, context: sa.engine.ExceptionContext) -> None:
+        if context.is_disconnect:
+            self.cuts += 1
 
     def before_fork(self) -> None:
         """Wait until no thread is inside the database, then close what a child must not inherit."""

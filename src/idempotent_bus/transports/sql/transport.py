@@ -121,6 +121,7 @@ class Channel(kombu_sqla.Channel):
         self._pid = os.getpid()
         self._lease: Lease | None = None
         self._in_doubt = False
+        self._cuts = self._database.cuts
         self._buffers: dict[str, deque[Delivery]] = {}
         self._no_ack: set[str] = set()
         self._empty_at: dict[str, object] = {}
@@ -204,6 +205,9 @@ class Channel(kombu_sqla.Channel):
         if buffer:
             return buffer.popleft()[1]
         self._restorer.now_and_then()
+        if self._cuts != self._database.cuts:
+            # A message whose ack the server forgot would stay this owner's, unknown here, for as long as it lives.
+            self._cuts, self._in_doubt = self._database.cuts, True
         token = self._database.change_token()
         if token is not None and not self._in_doubt:
             # SQLite: nothing was committed since this queue was empty, or nothing for it.
