@@ -452,6 +452,41 @@ def test_without_the_watchdog_it_would_hang(url: str, prefix: str, monkeypatch: 
         assert errors
 
 
+@over("postgresql")
+@pytest.mark.parametrize("asked", [b"set_config", b"pg_catalog.version", b"CREATE TABLE"])
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_server_that_falls_silent_behind_its_greeting(
+    url: str, prefix: str, monkeypatch: pytest.MonkeyPatch, asked: bytes, watched: bool
+) -> None:
+    """While a connection is set up, or the tables are made: unavailable in time too. The control: else it hangs."""
+    if not watched:
+        monkeypatch.setattr(Watchdog, "start", lambda *_: 0)
+    with Proxy(url=url) as proxy, opened(through(proxy, url), prefix, timeout=1) as store:
+        proxy.lose_reply(asked, cut=False)
+        errors: list[StoreUnavailable] = []
+
+        def claim() -> None:
+            try:
+                store.claim(ask())
+            except StoreUnavailable as error:
+                errors.append(error)
+
+        caller = threading.Thread(target=claim)
+        caller.start()
+        caller.join(8 if watched else 4)
+        assert caller.is_alive() is not watched
+        if not watched:
+            proxy.refuse()
+            proxy.cut()
+            caller.join(10)
+            assert errors
+            return
+        assert proxy.done["lose_reply"] == 1
+        assert errors
+        time.sleep(1.1)  # the failure to open is shared for a second
+        assert isinstance(store.claim(ask()), Claimed)
+
+
 @pytest.mark.parametrize("scheme", ["postgresql", "mysql"])
 def test_a_server_that_never_greets_is_unavailable_in_time(scheme: str, prefix: str) -> None:
     """Something accepts the connection and says nothing: threads that use the store together fail together."""

@@ -30,7 +30,7 @@ from ..errors import StoreUnavailable
 from ..model import NONCE_BYTES, ClaimOutcome, ClaimRequest, Completion, Hold, Record, State
 from ..schema import PREFIX
 from ..store import CompletionStream
-from .sql_engine import SOCKET, Watchdog, open_engine
+from .sql_engine import SOCKET, Watchdog, open_engine, watch
 from .sql_flavours import Flavour, Unsettled, Work, choose, microseconds
 from .streams import GatheringStream
 
@@ -124,6 +124,8 @@ class SQLStore:
         self._flavour: Flavour | None = None
         self._failure: tuple[float, Exception] | None = None
         self._after_fork()
+        if _own and dialect.name == "postgresql":
+            watch(engine, lambda: self._watchdog)
         _stores.add(self)
 
     # --- the verbs -----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from ..errors import ConfigurationError
 
-__all__ = ["SOCKET", "Watchdog", "open_engine"]
+__all__ = ["SOCKET", "Watchdog", "open_engine", "watch"]
 
 #: In a pooled connection's info: a socket object for the same TCP connection, for the watchdog.
 SOCKET: Final = "idempotent_bus_socket"
@@ -109,10 +109,8 @@ def _postgresql(timeout: float) -> Callable[..., None]:
     limit = math.ceil(timeout * 1000)
 
     def prepare(connection: Any, entry: ConnectionPoolEntry) -> None:
-        # A copy of the descriptor names this TCP connection for as long as it is kept, whatever becomes of the first:
-        # shutting it down can never hit another connection that got the same number.
-        entry.info[SOCKET] = spare = socket.socket(fileno=os.dup(connection.fileno()))
-        spare.setblocking(False)
+        if SOCKET not in entry.info:
+            entry.info[SOCKET] = _spare(connection)
         cursor = connection.cursor()
         cursor.execute(
             f"SELECT set_config('lock_timeout', '{limit}', false), set_config('statement_timeout', '{limit}', false),"
@@ -121,6 +119,40 @@ def _postgresql(timeout: float) -> Callable[..., None]:
         cursor.close()
 
     return prepare
+
+
+def _spare(connection: Any) -> socket.socket:
+    # A copy of the descriptor names this TCP connection for as long as it is kept, whatever becomes of the first:
+    # shutting it down can never hit another connection that got the same number.
+    spare = socket.socket(fileno=os.dup(connection.fileno()))
+    spare.setblocking(False)
+    return spare
+
+
+def watch(engine: Engine, watchdog: Callable[[], Watchdog]) -> None:
+    """Have a watchdog look at what SQLAlchemy asks PostgreSQL for by itself: a connection is set up, tables are made.
+
+    connect_timeout ends with the greeting: a server that falls silent right behind it would be waited for for ever.
+    """
+
+    def connect(dialect: Any, entry: ConnectionPoolEntry, arguments: Any, settings: Any) -> Any:
+        connection = dialect.connect(*arguments, **settings)
+        entry.info[SOCKET] = _spare(connection)
+        watchdog().start(entry.info[SOCKET])
+        return connection
+
+    def begin(connection: sa.Connection, *_: Any) -> None:
+        if SOCKET in connection.info:
+            watchdog().start(connection.info[SOCKET])
+
+    def end(*_: Any) -> None:
+        watchdog().stop(threading.get_ident())
+
+    sa.event.listen(engine, "do_connect", connect)
+    sa.event.listen(engine, "connect", end)
+    sa.event.listen(engine, "before_cursor_execute", begin)
+    sa.event.listen(engine, "after_cursor_execute", end)
+    sa.event.listen(engine, "handle_error", end)
 
 
 def _mysql(timeout: float) -> Callable[..., None]:
