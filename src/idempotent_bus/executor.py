@@ -108,8 +108,9 @@ class Executor:
         """Handle deliveries that are already here, claiming first deliveries together in one round trip.
 
         Such a claim is a reservation: it counts no attempt before its handler starts, and is given back if the
-        handler never does. Redelivered messages and second copies of one key are claimed singly, in their turn. Once
-        the store gives no clear answer, the rest of the window is put off without asking it again for each.
+        handler never does. Redelivered messages and second copies of one key are claimed singly, in their turn: where
+        the store can carry it, along with the completion before. Once the store gives no clear answer, the rest of the
+        window is put off without asking it again for each.
         """
         claims = self._claims
         ahead = claims.together(works)

@@ -26,7 +26,9 @@ from redis_transport_rig import (
     until,
 )
 
+from idempotent_bus import IdempotentConsumer, idempotent_consumer
 from idempotent_bus.errors import ConfigurationError
+from idempotent_bus.transports.redis.hold import Hold
 from idempotent_bus.transports.redis.restore import Holdings, dead_messages, holdings, restore
 from proxy import Proxy, through
 
@@ -40,6 +42,33 @@ def fill(connection: Any, queue: Queue, count: int) -> None:
 
 def bodies(messages: list[Any]) -> list[Any]:
     return [message.payload for message in messages]
+
+
+# --- acks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", [{}, {"ack_limit": 10}])
+def test_a_guarded_consumers_acks_go_with_its_next_fetch(
+    server: PrivateServer, unique: str, monkeypatch: pytest.MonkeyPatch, told: dict[str, int]
+) -> None:
+    """A window's acks cost no round trip of their own, unless `ack_limit` says so; all of them arrive."""
+    full: list[int] = []
+    flush = Hold.flush
+
+    def counted(hold: Hold, timeout: float | None = None) -> None:
+        if hold._ack_count >= hold.channel.ack_limit:  # not: before it waits for messages, or when it closes
+            full.append(hold._ack_count)
+        flush(hold, timeout)
+
+    monkeypatch.setattr(Hold, "flush", counted)
+    with connect(server.ours) as connection:
+        queue = declare(connection, unique)
+        fill(connection, queue, 300)
+    handler = idempotent_consumer("memory://", scope=unique, biz_id=str)(lambda body, message: None)
+    consumer = IdempotentConsumer(connect(server.ours, **told), {queue: handler}, prefetch=100)
+    assert consumer.run(idle_timeout=0.5) == 300
+    assert bool(full) is bool(told)
+    assert server.held() == 0
 
 
 # --- holding ---------------------------------------------------------------------------------------------

@@ -426,6 +426,21 @@ def test_a_server_that_falls_silent_is_unavailable_in_time(url: str, prefix: str
         assert store.complete(hold, result=None, retention=60)
 
 
+def claiming(store: SQLStore) -> tuple[threading.Thread, list[StoreUnavailable]]:
+    """A thread that claims, and what it was told if it was told that the store is unavailable."""
+    errors: list[StoreUnavailable] = []
+
+    def claim() -> None:
+        try:
+            store.claim(ask())
+        except StoreUnavailable as error:
+            errors.append(error)
+
+    caller = threading.Thread(target=claim)
+    caller.start()
+    return caller, errors
+
+
 @over("postgresql")
 def test_without_the_watchdog_it_would_hang(url: str, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: libpq itself waits on and on."""
@@ -433,16 +448,7 @@ def test_without_the_watchdog_it_would_hang(url: str, prefix: str, monkeypatch: 
     with Proxy(url=url) as proxy, opened(through(proxy, url), prefix, timeout=1) as store:
         take(store, ask())
         proxy.stall()
-        errors: list[StoreUnavailable] = []
-
-        def claim() -> None:
-            try:
-                store.claim(ask())
-            except StoreUnavailable as error:
-                errors.append(error)
-
-        caller = threading.Thread(target=claim)
-        caller.start()
+        caller, errors = claiming(store)
         caller.join(4)
         assert caller.is_alive()
         proxy.refuse()
@@ -463,16 +469,7 @@ def test_a_server_that_falls_silent_behind_its_greeting(
         monkeypatch.setattr(Watchdog, "start", lambda *_: 0)
     with Proxy(url=url) as proxy, opened(through(proxy, url), prefix, timeout=1) as store:
         proxy.lose_reply(asked, cut=False)
-        errors: list[StoreUnavailable] = []
-
-        def claim() -> None:
-            try:
-                store.claim(ask())
-            except StoreUnavailable as error:
-                errors.append(error)
-
-        caller = threading.Thread(target=claim)
-        caller.start()
+        caller, errors = claiming(store)
         caller.join(8 if watched else 4)
         assert caller.is_alive() is not watched
         if not watched:

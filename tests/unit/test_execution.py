@@ -896,6 +896,11 @@ def test_a_handler_that_ends_the_window_leaves_no_claim(bench: Bench) -> None:
     assert state(bench, "b") is None
 
 
+def gone(call: Callable[[], Any]) -> None:
+    """The broker is."""
+    raise ConnectionError
+
+
 class SlowClaims:
     """A store whose claims take a moment, as in life; the completions of one key find its node down."""
 
@@ -936,10 +941,6 @@ def test_a_claim_in_doubt_is_remembered_when_the_broker_goes(step: str, how: str
     bench = Bench(on_abandoned="quarantine")
     bench.store = SlowClaims(bench)
     getattr(bench.steps, how)(step)
-
-    def gone(call: Callable[[], Any]) -> None:
-        raise ConnectionError
-
     bench.steps.at(ACK, gone)
     executor = bench.executor()
     with pytest.raises(ConnectionError):
@@ -955,10 +956,6 @@ def test_a_takeover_whose_giving_back_is_in_doubt_is_counted(bench: Bench) -> No
     bench.take("b")
     bench.clock.advance(1000)
     bench.steps.reply_lost(ABANDON)
-
-    def gone(call: Callable[[], Any]) -> None:
-        raise ConnectionError
-
     bench.steps.at(ACK, gone)
     executor = bench.executor()
     with pytest.raises(ConnectionError):

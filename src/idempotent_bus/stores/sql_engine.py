@@ -109,8 +109,6 @@ def _postgresql(timeout: float) -> Callable[..., None]:
     limit = math.ceil(timeout * 1000)
 
     def prepare(connection: Any, entry: ConnectionPoolEntry) -> None:
-        if SOCKET not in entry.info:
-            entry.info[SOCKET] = _spare(connection)
         cursor = connection.cursor()
         cursor.execute(
             f"SELECT set_config('lock_timeout', '{limit}', false), set_config('statement_timeout', '{limit}', false),"
@@ -121,24 +119,20 @@ def _postgresql(timeout: float) -> Callable[..., None]:
     return prepare
 
 
-def _spare(connection: Any) -> socket.socket:
-    # A copy of the descriptor names this TCP connection for as long as it is kept, whatever becomes of the first:
-    # shutting it down can never hit another connection that got the same number.
-    spare = socket.socket(fileno=os.dup(connection.fileno()))
-    spare.setblocking(False)
-    return spare
-
-
 def watch(engine: Engine, watchdog: Callable[[], Watchdog]) -> None:
-    """Have a watchdog look at what SQLAlchemy asks PostgreSQL for by itself: a connection is set up, tables are made.
+    """Let a watchdog look at the connections of an engine of ours to PostgreSQL, each by its SOCKET.
 
-    connect_timeout ends with the greeting: a server that falls silent right behind it would be waited for for ever.
+    What SQLAlchemy asks for by itself it looks at from here: a connection is set up, tables are made. connect_timeout
+    ends with the greeting, and a server that falls silent right behind it would be waited for for ever.
     """
 
     def connect(dialect: Any, entry: ConnectionPoolEntry, arguments: Any, settings: Any) -> Any:
         connection = dialect.connect(*arguments, **settings)
-        entry.info[SOCKET] = _spare(connection)
-        watchdog().start(entry.info[SOCKET])
+        # A copy of the descriptor names this TCP connection for as long as it is kept, whatever becomes of the first:
+        # shutting it down can never hit another connection that got the same number.
+        entry.info[SOCKET] = spare = socket.socket(fileno=os.dup(connection.fileno()))
+        spare.setblocking(False)
+        watchdog().start(spare)
         return connection
 
     def begin(connection: sa.Connection, *_: Any) -> None:
