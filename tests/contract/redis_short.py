@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from idempotent_bus.model import Claimed, ClaimRequest, Completed, Hold, State
+from idempotent_bus.model import Claimed, ClaimRequest, Completed, Completion, Hold, State
 from idempotent_bus.stores.memory import MemoryStore
 from idempotent_bus.testing.store_contract import LONG, Subject, abandon, ask, complete, release, take
 
@@ -144,6 +144,22 @@ class ShortFormContract:
         assert remembered(store, left)
         assert remembered(contract_store.open(), left)
         assert all(complete(store, hold, None) for hold in left)
+
+    def test_several_ask_for_the_same_merge(self, contract_store: Subject) -> None:
+        """Completions under way together all say that two buckets are one too many: one merge, and no error."""
+        store, slot = contract_store.store, random.randrange(256)
+        store._make_room(slot, fewer=False)
+        assert store._places.buckets[slot] == 2
+        asked = [ask(in_slot(slot)) for _ in range(5)]
+        holds = [Hold(one.key, store.claim(one).token, one.nonce) for one in asked]
+        stream = store.stream()
+        for hold in holds:
+            stream.begin(Completion(hold, None, LONG))
+        settled = stream.settle()
+        stream.close()
+        assert [one.durable for one in settled] == [True] * 5
+        assert store._places.buckets[slot] == 1
+        assert all(store.claim(ask(hold.key)) == Completed(None) for hold in holds)
 
     def test_retentions_of_the_short_form_are_kept(self, contract_store: Subject) -> None:
         """Two scopes in one bucket, one remembered briefly and one for long: neither is forgotten early or too late."""

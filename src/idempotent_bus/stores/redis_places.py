@@ -44,20 +44,27 @@ class Places:
         """A record's own key, the key of its slot's number of buckets, its bucket, and that number as far as known."""
         slot, hashed = _PLACE.unpack_from(key)
         prefix = self.slots[slot]
-        buckets = self.buckets.get(slot, self.usual)
+        buckets = self.count(slot)
         size = 1 << buckets.bit_length()
         number = hashed & (size - 1)
         if number >= buckets:
             number -= size >> 1
         return prefix + key, self.layouts[slot], b"%b#%d" % (prefix, number), buckets
 
+    def count(self, slot: int) -> int:
+        """How many buckets a slot has, as far as known."""
+        return self.buckets.get(slot, self.usual)
+
     def learn(self, slot: int, buckets: int) -> None:
         """A slot was heard to have so many."""
         self.buckets[slot] = self.usual = buckets
 
     def turn(self, slot: int, *, fewer: bool) -> tuple[list[bytes], int]:
-        """The keys for split.lua, or for merge.lua which makes it one bucket fewer, and how many the slot has."""
-        buckets = self.buckets.get(slot, self.usual)
+        """The keys for split.lua, or for merge.lua which makes it one bucket fewer, and how many the slot has.
+
+        For merge.lua only where it has more than one.
+        """
+        buckets = self.count(slot)
         last = buckets - 1 if fewer else buckets
         turn = last - (1 << (last.bit_length() - 1))
         return [self.layouts[slot], self.bucket(slot, turn), self.bucket(slot, last)], buckets
