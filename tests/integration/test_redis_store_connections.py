@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from redis.sentinel import Sentinel
 from redis_transport_rig import PrivateServer, one_server, server, until
 from test_redis_transport_schemes import Sentinels, secure, sentinels
 
+from idempotent_bus import open_store
 from idempotent_bus.errors import StoreUnavailable
 from idempotent_bus.model import Claimed, ClaimRequest, Completed, Completion, Hold, Settled
 from idempotent_bus.stores.redis import RedisStore, open_redis
@@ -53,6 +55,25 @@ def test_over_tls(secure: tuple[int, Path]) -> None:
     with pytest.raises(StoreUnavailable):
         open_redis(f"rediss://127.0.0.1:{port}/0").claim(ask(1))
     work(open_redis(f"rediss://127.0.0.1:{port}/0", ssl_ca_certs=str(certificate)), range(40))
+
+
+@pytest.mark.parametrize("url", ["unix://{path}?db=3", "redis+socket://{path}?virtual_host=3"])
+def test_over_a_unix_socket(url: str, tmp_path: Path) -> None:
+    """A server's socket file, in redis-py's words and in kombu's, the database included, and after the server's end."""
+    with tempfile.TemporaryDirectory() as short:  # such a path has a hundred bytes at most, and pytest's are long
+        path = f"{short}/r.sock"
+        own = PrivateServer(tmp_path, "--unixsocket", path)
+        try:
+            store = open_store(url.format(path=path))
+            work(store, range(40))
+            assert Redis(port=own.port, db=3).dbsize() > 0
+            own.stop()
+            with pytest.raises(StoreUnavailable):
+                store.claim(ask(1))
+            own.start()
+            work(store, range(100, 140))
+        finally:
+            own.stop()
 
 
 def test_with_a_password(server: PrivateServer) -> None:

@@ -104,6 +104,8 @@ def open_redis(
 ) -> RedisStore:
     """A store on the server that `url` names, `redis://[user:password@]host:port/db` or `rediss://...`.
 
+    Over a Unix socket: `unix:///path?db=0`, or as kombu writes it `redis+socket:///path?virtual_host=0`.
+
     prefix, allow_eviction, short: see `RedisStore`. connection: anything that `redis.Redis.from_url` takes
     (`ssl_ca_certs`, `health_check_interval`, `max_connections`, ...), which the URL's own query wins over. Unless told
     otherwise a server has 2 seconds to accept, 2 to answer, and is asked at most three times: any verb may be repeated.
@@ -114,6 +116,8 @@ def open_redis(
         "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), _RESENDS),
         **connection,
     }
+    if url.startswith("redis+socket:"):
+        url = url.replace("redis+socket", "unix", 1).replace("virtual_host=", "db=")
     return RedisStore(Redis.from_url(url, **settings), prefix=prefix, allow_eviction=allow_eviction, short=short)
 
 
