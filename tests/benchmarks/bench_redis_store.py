@@ -4,6 +4,8 @@
 
 Starts a redis-server of its own. Speed: a no-op function, guarded in each way, called with fresh payments and again
 with one that was done; each round measures all ways in rotated order, and a ratio is to the same round's SET NX + SET.
+Client and server are each tied to a core: first to two, as if they were two machines, then to one. Left alone the
+scheduler decides that, and a round trip takes 55 us or 19, so that ways which wait equally long seem to differ.
 Memory: all that the server uses beyond what it used when empty (`used_memory`, so with what the allocator adds; a
 client's buffers taken off), per remembered id, at a tenth of, once and ten times the plan, through the public verbs;
 and over two and a half turns of a retention of `--turns` seconds (0: left out). Writes `reports/redis_store.md`; ends
@@ -54,11 +56,16 @@ def payment() -> Payment:
 
 
 @contextlib.contextmanager
-def server() -> Iterator[str]:
+def server(cores: str) -> Iterator[str]:
+    """A redis-server of its own. cores: "apart", this process and the server each on one of their own; "together"."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [shutil.which("redis-server") or "redis-server", "--port", str(port), "--save", "", "--appendonly", "no"]
     process = subprocess.Popen([*command, "--bind", "127.0.0.1"], stdout=subprocess.DEVNULL)
+    everywhere = os.sched_getaffinity(0)
+    mine, another = min(everywhere), max(everywhere)
+    os.sched_setaffinity(0, {mine})
+    os.sched_setaffinity(process.pid, {another if cores == "apart" else mine})
     try:
         deadline = time.monotonic() + 10
         with redis.Redis(port=port) as client:
@@ -70,6 +77,7 @@ def server() -> Iterator[str]:
                 time.sleep(0.05)
         yield f"redis://127.0.0.1:{port}/0"
     finally:
+        os.sched_setaffinity(0, everywhere)
         process.terminate()
         process.wait(10)
 
@@ -381,7 +389,9 @@ def main() -> int:
     options = parser.parse_args()
     if 0 < options.turns < 60:
         parser.error("--turns: a retention below 60 s has no short form, which is what is measured; 0: left out")
-    with server() as url:
+    with server("together") as url:
+        together, _ = speed(url, options.rounds, options.calls)
+    with server("apart") as url:
         figures, missing = speed(url, options.rounds, options.calls)
         sizes = [options.plan // 10, options.plan, options.plan * 10]
         each = memory(url, sizes)
@@ -409,7 +419,11 @@ def main() -> int:
 
 A no-op function, one client, one connection each, 200-byte JSON; medians of {options.rounds} rounds of \
 {options.calls} calls in rotated order, least and most;
-ratios to the same round's {BASE}. {" ".join(missing)}
+ratios to the same round's {BASE}. Client and server each have a core. {" ".join(missing)}
+
+Both on one core, where nobody is woken on another:
+
+{speed_table(together)}
 
 {bytes_table}
 
