@@ -178,12 +178,16 @@ quick_fill = False
 
 def fill_postgresql(store: Any, count: int, what: str) -> None:
     """The same on PostgreSQL, by the server itself."""
+    import sqlalchemy as sa
+
     from idempotent_bus import schema
 
     pair(store)
     progress(f"{what}: {count:,} records")
     name = schema.records(store._tables).name
-    with store._engine.connect() as connection:
+    # Not the store's own engine, which takes a server that does not answer for so long for one that has fallen silent.
+    engine = sa.create_engine(store._engine.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    with engine.connect() as connection:
         # Nothing here need survive a crash; and a new table looks small enough to be read from end to end.
         connection.exec_driver_sql("SET synchronous_commit = off; SET enable_seqscan = off; SET statement_timeout = 0")
         done = 1
@@ -195,7 +199,6 @@ def fill_postgresql(store: Any, count: int, what: str) -> None:
             connection.exec_driver_sql(text)
             connection.exec_driver_sql(f"VACUUM {name}")
             done += piece
-        connection.invalidate()
 
 
 @contextlib.contextmanager
