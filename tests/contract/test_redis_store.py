@@ -312,6 +312,38 @@ def test_a_replica_refuses(server: PrivateRedis, store: RedisStore) -> None:
     assert complete(store, hold)
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["a record it does not know", "a record of an earlier holder"])
+def test_a_replica_that_lags_does_not_say_that_ownership_was_lost(
+    server: PrivateRedis, store: RedisStore, known: bool
+) -> None:
+    """I9: a connection that was open before a failover may lead to the former master, which does not know yet what the
+    new one holds. "Lost" would let the consumer give up a completion, and its effect would be repeated."""
+    earlier, _ = take(store, new_key())
+    hold = Hold(earlier.key if known else new_key(), earlier.token + 1, os.urandom(16))
+    server.client.replicaof("127.0.0.1", "1")
+    try:
+        for call in (
+            lambda: complete(store, hold),
+            lambda: complete(store, hold, None),
+            lambda: renew(store, hold),
+            lambda: release(store, hold),
+            lambda: abandon(store, hold),
+            lambda: store.quarantine(hold, note=b""),
+        ):
+            with pytest.raises(StoreUnavailable) as caught:
+                call()
+            assert isinstance(caught.value.__cause__, ReadOnlyError)
+        stream = store.stream()
+        stream.begin(Completion(hold, None, 600.0))
+        assert stream.settle() == [Settled(1, None)]
+        stream.close()
+    finally:
+        server.client.replicaof("NO", "ONE")
+    assert not complete(store, hold)
+    assert not renew(store, hold)
+    assert complete(store, earlier)
+
+
 def test_a_record_of_another_make_is_not_guessed_at(server: PrivateRedis, store: RedisStore) -> None:
     """I9: where a key holds something that is no record, the outcome is unknown."""
     key = new_key()

@@ -5,7 +5,7 @@
 
 local record = redis.call('GET', KEYS[1])
 if not owned(record, ARGV[1]) or not (state_of(record) == RESERVED or state_of(record) == IN_PROGRESS) then
-  return 0
+  return lost(KEYS[1], record)
 end
 local flags = string.byte(record, 1) - state_of(record) + IN_PROGRESS
 local rest = string.sub(record, 2, 33) .. bytes4(tonumber(ARGV[3])) .. string.sub(record, 38, 41)

@@ -15,10 +15,11 @@ if not record then
     return -elsewhere
   end
   local short = short_of(KEYS[3], key, now)
-  return short and string.sub(short, 5, 10) == string.sub(ARGV[1], 25, 30) and 1 or 0
+  local ours = short and string.sub(short, 5, 10) == string.sub(ARGV[1], 25, 30)
+  return ours and 1 or lost(KEYS[1], record)
 end
 if not owned(record, string.sub(ARGV[1], 1, 24)) or state_of(record) == RELEASED or state_of(record) == QUARANTINED then
-  return 0
+  return lost(KEYS[1], record)
 end
 if state_of(record) == COMPLETED then
   return 1

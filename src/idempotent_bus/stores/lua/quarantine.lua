@@ -5,7 +5,7 @@
 
 local record = redis.call('GET', KEYS[1])
 if not owned(record, ARGV[1]) or state_of(record) == COMPLETED or state_of(record) == RELEASED then
-  return 0
+  return lost(KEYS[1], record)
 end
 -- The index first: were the script to stop in between, an entry too many is harmless, and one too few hides a record.
 redis.call('ZADD', KEYS[2], 0, ARGV[2])

@@ -67,3 +67,15 @@ end
 local function owned(record, hold)
   return record and string.sub(record, 2, 25) == hold
 end
+
+-- 0: ownership was lost. Only a master may say so: after a fail-over the former one, as a replica that has not caught
+-- up, does not know yet what is held at the new one. So a write is asked for, which changes nothing, but which a replica
+-- refuses. record: what lies under the key.
+local function lost(key, record)
+  if record then
+    redis.call('SET', key, '', 'NX')
+  else
+    redis.call('DEL', key)
+  end
+  return 0
+end

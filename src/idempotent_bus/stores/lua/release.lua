@@ -5,7 +5,7 @@
 
 local record = redis.call('GET', KEYS[1])
 if not owned(record, ARGV[1]) or state_of(record) == COMPLETED or state_of(record) == QUARANTINED then
-  return 0
+  return lost(KEYS[1], record)
 end
 local flags = RELEASED + (has(record, HAS_FINGERPRINT) and HAS_FINGERPRINT or 0)
 local rest = string.sub(record, 2, 33) .. bytes4(tonumber(ARGV[3])) .. string.sub(record, 38, 41)

@@ -11,6 +11,7 @@ for entry = 1, #KEYS do
     redis.call('SET', KEYS[entry], string.sub(record, 1, 41) .. ends, 'PX', ARGV[2])
     renewed[entry] = '1'
   else
+    lost(KEYS[entry], record)
     renewed[entry] = '0'
   end
 end
