@@ -149,6 +149,28 @@ def test_errors_are_redis_pys_and_do_not_lose_the_place(ends: tuple[Wire, socket
     assert isinstance(replies[2], exceptions.ResponseError)
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_idle_connection_is_looked_at_however_many_files_are_open(gone: bool) -> None:
+    """Its number may be one that `select` does not know, from 1,024 on: no error comes out, and an end is noticed."""
+    fcntl = pytest.importorskip("fcntl")
+    near, far = socket.socketpair()
+    far.sendall(HELLO + b"+PONG\r\n")
+    try:
+        number = fcntl.fcntl(near.detach(), fcntl.F_DUPFD, 1024)
+    except OSError:
+        pytest.skip("the process may not open so many files")
+    wire = Wire(FakePool(socket.socket(fileno=number)))
+    assert wire.one("PING") == b"PONG"
+    before, wire._used_at = wire.sock, 0.0
+    if gone:
+        far.close()
+        with pytest.raises(OSError, match="Bad file"):  # what the pool gives again is this very socket, closed
+            wire.one("PING")
+    else:
+        wire._reopen_if_stale()
+        assert wire.sock is before
+
+
 def test_a_closed_connection_is_an_error_and_the_wire_is_dropped(ends: tuple[Wire, socket.socket]) -> None:
     """I15: after half an answer nothing is guessed, and no later reply can be taken for this one."""
     wire, far = ends

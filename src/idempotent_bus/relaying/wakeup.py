@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import select
+import selectors
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -89,7 +89,10 @@ class Wakeup:
                     self.unguard()
                     return
                 sources.append(self._driver.fileno())
-        ready, _, _ = select.select(sources, [], [], max(0.0, seconds))
+        with selectors.DefaultSelector() as selector:  # not `select`, which knows of 1,024 open files only
+            for source in sources:
+                selector.register(source, selectors.EVENT_READ)
+            ready = [key.fileobj for key, _ in selector.select(max(0.0, seconds))]
         if self._bell in ready:
             with contextlib.suppress(BlockingIOError):
                 self._bell.recv(64)

@@ -8,7 +8,6 @@ must not run twice unseen. And one message costs one or two commands here, so th
 from __future__ import annotations
 
 import os
-import select
 import socket
 import ssl
 from collections.abc import Callable, Sequence
@@ -188,8 +187,7 @@ class Wire:
         return reply
 
     def _reopen_if_stale(self) -> None:
-        sock = self._sock
-        if sock is not None and select.select([sock], [], [], 0)[0]:
+        if self._sock is not None and self._replies.is_there():  # not `select`, which knows of 1,024 open files only
             # Nothing is expected here, so what is readable is the end of the connection.
             self.drop()
         self.connect()
