@@ -161,6 +161,22 @@ class ShortFormContract:
         assert store._places.buckets[slot] == 1
         assert all(store.claim(ask(hold.key)) == Completed(None) for hold in holds)
 
+    def test_another_thread_has_seen_the_last_merge(self, contract_store: Subject) -> None:
+        """What is known of a slot may change at any moment: no error comes out of a completion that is durable."""
+        store, slot = contract_store.store, random.randrange(256)
+        places = store._places
+        places.learn(slot, 2)
+        plain = places.count
+
+        def count(slot: int) -> int:
+            known: int = plain(slot)
+            places.learn(slot, 1)  # by another thread, as soon as this one has looked
+            return known
+
+        places.count = count
+        store._make_room(slot, fewer=True)
+        assert places.buckets[slot] == 1
+
     def test_retentions_of_the_short_form_are_kept(self, contract_store: Subject) -> None:
         """Two scopes in one bucket, one remembered briefly and one for long: neither is forgotten early or too late."""
         store, slot = fast(contract_store.open()), random.randrange(256)

@@ -281,9 +281,10 @@ class RedisStore:
 
     def _make_room(self, slot: int, *, fewer: bool) -> None:
         """Give a slot a bucket more, or take one away. It can wait: what does not fit keeps a key of its own."""
-        if fewer and self._places.count(slot) < 2:
+        turn = self._places.turn(slot, fewer=fewer)
+        if turn is None:
             return  # of several completions that were under way an earlier one has done it
-        keys, buckets = self._places.turn(slot, fewer=fewer)
+        keys, buckets = turn
         with suppress(StoreUnavailable):
             self._places.learn(slot, self._run("merge" if fewer else "split", keys, [buckets]))
 

@@ -52,7 +52,7 @@ class Lean:
     """
 
     def __init__(self, pool: ConnectionPool) -> None:
-        self._pool: Any = pool  # Any: redis-py types its connections for the sync and the async client at once
+        self.pool: Any = pool  # Any: redis-py types its connections for the sync and the async client at once
         self._most = min(_SPARE, pool.max_connections // _SHARE)
         self._spare: list[Any] = []
         self._pid = os.getpid()
@@ -64,13 +64,13 @@ class Lean:
         try:
             connection = self._spare.pop()
         except IndexError:
-            connection = self._pool.get_connection()
+            connection = self.pool.get_connection()
         try:
             connection.send_packed_command((packed,))
             reply = _reply(connection)
         except BaseException:
             connection.disconnect()  # the reply may still come: it must not be taken for the next command's
-            self._pool.release(connection)
+            self.pool.release(connection)
             raise
         self._give_back(connection)
         if isinstance(reply, ResponseError):
@@ -87,12 +87,16 @@ class Lean:
         ):
             self._spare.append(connection)
         else:
-            self._pool.release(connection)
+            self.pool.release(connection)
 
     def close(self) -> None:
         """Give everything back to the pool. It may be used again."""
-        while self._spare and self._pid == os.getpid():
-            self._pool.release(self._spare.pop())
+        while self._pid == os.getpid():
+            try:
+                connection = self._spare.pop()
+            except IndexError:  # no more of them, or another thread has taken the last one
+                return
+            self.pool.release(connection)
 
 
 def _reply(connection: Any) -> Any:

@@ -59,12 +59,14 @@ class Places:
         """A slot was heard to have so many."""
         self.buckets[slot] = self.usual = buckets
 
-    def turn(self, slot: int, *, fewer: bool) -> tuple[list[bytes], int]:
+    def turn(self, slot: int, *, fewer: bool) -> tuple[list[bytes], int] | None:
         """The keys for split.lua, or for merge.lua which makes it one bucket fewer, and how many the slot has.
 
-        For merge.lua only where it has more than one.
+        None: it has only one, and none can be taken away.
         """
-        buckets = self.count(slot)
+        buckets = self.count(slot)  # once: another thread may learn another number at any time
+        if fewer and buckets < 2:
+            return None
         last = buckets - 1 if fewer else buckets
         turn = last - (1 << (last.bit_length() - 1))
         return [self.layouts[slot], self.bucket(slot, turn), self.bucket(slot, last)], buckets
