@@ -143,6 +143,21 @@ def test_a_bounded_pool_is_shared(server: PrivateServer, most: int) -> None:
     assert errors == []
 
 
+@pytest.mark.parametrize("most", [1, 3, 8])
+def test_a_bounded_pool_is_shared_by_streams(server: PrivateServer, most: int) -> None:
+    """As many streams as a pool has connections, or more, leave some for the claims: no consumer waits for ever."""
+    port = server.client.connection_pool.connection_kwargs["port"]
+    store = RedisStore(Redis(connection_pool=BlockingConnectionPool(max_connections=most, timeout=5, port=port)))
+    streams = [store.stream() for _ in range(most)]
+    for at in range(3):
+        for number, stream in enumerate(streams):
+            request = ask(at, number)
+            claimed = store.claim(request)
+            assert isinstance(claimed, Claimed)
+            stream.begin(Completion(Hold(request.key, claimed.token, request.nonce), None, 600.0))
+        assert all(settled.durable for stream in streams for settled in stream.settle())
+
+
 def test_odd_clients(server: PrivateServer) -> None:
     """A client of one connection, one that speaks RESP2, and fakeredis' own client."""
     port = server.client.connection_pool.connection_kwargs["port"]

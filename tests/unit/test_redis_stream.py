@@ -9,7 +9,8 @@ import pytest
 from redis.connection import Connection
 
 from idempotent_bus.model import Busy, ClaimOutcome, ClaimRequest, Completion, Hold, Settled
-from idempotent_bus.stores.redis_stream import RedisStream
+from idempotent_bus.stores.redis_lean import Lean
+from idempotent_bus.stores.redis_stream import RedisStream, Share
 
 ONE = Completion(Hold(b"k" * 16, 1, b"n" * 16), None, 60.0)
 NEXT = ClaimRequest(b"l" * 16, b"n" * 16, 60.0, 600.0)
@@ -37,6 +38,8 @@ class Server:
     """One end of a socket pair for the server, and the other as a connection that redis-py would have opened."""
 
     def __init__(self) -> None:
+        self.max_connections = 4
+        self.share = Share(self)  # type: ignore[arg-type]
         self.end, self.sock = socket.socketpair()
         self.sock.settimeout(0.2)
         self.singly: list[Completion] = []
@@ -63,6 +66,7 @@ class Server:
 
         stream = RedisStream(
             self,  # type: ignore[arg-type]
+            self.share,
             "",
             lambda _: b"command",
             lambda _, reply: reply > 0,
@@ -192,6 +196,39 @@ def test_a_claim_whose_reply_does_not_come_is_in_doubt(server: Server) -> None:
     assert stream.claimed(NEXT) is None
     assert stream.settle() == [Settled(1, None)]
     assert server.broken == 1
+
+
+def test_where_the_pool_is_too_small_nothing_is_held(server: Server) -> None:
+    """Streams take a quarter of a pool at most: what one may not hold a connection for is done while `begin` waits, and
+    the claim is left to be asked for. One that is closed, or whose connection breaks, makes room for another."""
+    first, second = server.stream(1), server.stream(0)
+    second.begin(ONE, NEXT)
+    assert server.singly == [ONE]
+    assert second.settle() == [Settled(1, True)]
+    assert second.claimed(NEXT) is None
+    server.end.sendall(b"no reply\r\n")
+    assert first.settle() == [Settled(1, None)]
+    second.begin(ONE)
+    first.begin(ONE)
+    assert server.singly == [ONE, ONE]
+    second.close()
+    first.begin(ONE)
+    assert first.pending == 2
+    assert server.singly == [ONE, ONE]
+
+
+def test_the_last_spare_connection_goes_to_another_thread(server: Server) -> None:
+    """Threads that all met a broken connection give back what is at hand at once: none of them ends with an error."""
+
+    class Taken(list[Any]):
+        def pop(self, *at: Any) -> Any:
+            super().clear()  # by another thread, after this one has seen that there is one
+            return super().pop(*at)
+
+    lean = Lean(server)  # type: ignore[arg-type]
+    lean._spare = Taken([object()])
+    lean.close()
+    assert lean._spare == []
 
 
 @pytest.fixture

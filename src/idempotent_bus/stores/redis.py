@@ -72,7 +72,7 @@ from . import redis_forms as forms
 from .redis_lean import Lean, pack
 from .redis_places import Places
 from .redis_scripts import Script, script
-from .redis_stream import RedisStream
+from .redis_stream import RedisStream, Share
 from .streams import DirectStream
 
 __all__ = ["RedisStore", "open_redis"]
@@ -149,6 +149,7 @@ class RedisStore:
         self._client: Any = client  # Any: redis-py types its replies for the sync and the async client at once
         self._clustered = isinstance(client, RedisCluster)
         self._lean = _lean(client)
+        self._share = None if self._lean is None else Share(self._lean.pool)
         self._prefix = prefix.encode()
         self._places = Places(self._prefix)
         self._checked = allow_eviction
@@ -241,7 +242,7 @@ class RedisStore:
 
     def stream(self) -> CompletionStream:
         """As `StreamStore.stream`. In Redis Cluster, which has no one connection, each is done while `begin` waits."""
-        if self._lean is None:
+        if self._share is None:
             return DirectStream(self)
 
         complete, claim = self._scripts("complete"), self._scripts("claim")
@@ -265,6 +266,7 @@ class RedisStore:
 
         return RedisStream(
             self._client.connection_pool,
+            self._share,
             complete.text,
             packed,
             lambda completion, reply: self._done(completion.hold, reply),

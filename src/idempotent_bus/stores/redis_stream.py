@@ -24,21 +24,43 @@ from ..errors import StoreError
 from ..model import ClaimOutcome, ClaimRequest, Completion, Settled
 from ..replies import replies_of
 
-__all__ = ["RedisStream"]
+__all__ = ["RedisStream", "Share"]
 
 #: Completions under way at most: beyond them `begin` waits, or two full buffers would wait for each other.
 _MOST = 1000
 #: Bytes under way at most, unless a single completion has more. The server reads so many at once, does what is in them,
 #: and only then answers; where it cannot, since the client was killed, it reads no more, and what has left is lost.
 _MOST_BYTES = 16 * 1024
+#: The part of a bounded pool that streams may hold: claims, renewals and the user's own calls need the rest.
+_SHARE = 4
+
+
+class Share:
+    """Which streams hold a connection of a pool: so many at most that the pool is not theirs. Safe for threads."""
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        self._most = pool.max_connections // _SHARE
+        self._holders: set[int] = set()
+
+    def take(self, stream: object) -> bool:
+        """Whether a stream may hold a connection."""
+        if len(self._holders) >= self._most and id(stream) not in self._holders:
+            return False
+        self._holders.add(id(stream))
+        return True
+
+    def give_back(self, stream: object) -> None:
+        """It holds none now."""
+        self._holders.discard(id(stream))
 
 
 class RedisStream:
     """A `CompletionStream` over one connection. For one thread at a time.
 
-    pool: gives the connection, at the first completion. script: the text that the server must know. packed: the command
-    for a completion. accept: what its reply means, or None if it must be asked singly. singly: `complete`, as the store
-    does it otherwise. claiming: the command for a claim. outcome: what its reply means, or None if it says nothing yet.
+    pool: gives the connection, at the first completion. share: says whether it may be held, else each completion is done
+    while `begin` waits. script: the text that the server must know. packed: the command for a completion. accept: what
+    its reply means, or None if it must be asked singly. singly: `complete`, as the store does it otherwise. claiming:
+    the command for a claim. outcome: what its reply means, or None if it says nothing yet.
     """
 
     survives = True  # it is the kernel's once `begin` has returned
@@ -46,6 +68,7 @@ class RedisStream:
     def __init__(
         self,
         pool: ConnectionPool,
+        share: Share,
         script: str,
         packed: Callable[[Completion], bytes],
         accept: Callable[[Completion, int], bool | None],
@@ -54,6 +77,7 @@ class RedisStream:
         outcome: Callable[[ClaimRequest, bytes], ClaimOutcome | None],
     ) -> None:
         self._pool: Any = pool  # Any: redis-py types its connections for the sync and the async client at once
+        self._share = share
         self._script = script
         self._packed = packed
         self._accept = accept
@@ -79,6 +103,9 @@ class RedisStream:
         self._begun += 1
         ticket = self._begun
         self._asked, self._outcome = claim, None
+        if self._connection is None and not self._share.take(self):
+            self._end(ticket, completion, None)
+            return ticket
         try:
             packed = self._packed(completion)
             if claim is not None:
@@ -138,6 +165,7 @@ class RedisStream:
                 connection.disconnect()  # their replies must not be taken for those of others
                 self._forget()
             self._pool.release(connection)
+        self._share.give_back(self)
 
     def __del__(self) -> None:
         """Its thread is over, or its executor gone: the connection is the pool's again. What was sent arrives."""
@@ -169,6 +197,10 @@ class RedisStream:
         self._bytes -= size
         if reply is not None:
             durable = self._accept(completion, reply)
+        self._end(ticket, completion, durable)
+
+    def _end(self, ticket: int, completion: Completion, durable: bool | None) -> None:
+        """Tell of a completion; of one that nothing is known of once it was asked for singly."""
         if durable is None:
             with suppress(StoreError):
                 durable = self._singly(completion)
@@ -194,6 +226,7 @@ class RedisStream:
         if connection is not None:
             connection.disconnect()
             self._pool.release(connection)
+        self._share.give_back(self)
         self._ended += [Settled(ticket, None) for ticket, *_ in self._under_way]
         self._forget()
 
