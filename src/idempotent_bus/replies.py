@@ -101,7 +101,12 @@ class Replies:
         Raises as `more`, and redis-py's InvalidResponse.
         """
         line = self._line()
-        kind, rest = line[:1], line[1:]
+        try:
+            return self._meaning(line[:1], line[1:])
+        except ValueError as error:  # no number where there must be one
+            raise _invalid(line) from error
+
+    def _meaning(self, kind: bytes, rest: bytes) -> tuple[Any, bool]:
         if kind == b":":
             return int(rest), False
         if kind == b"$" or kind == b"=":
@@ -129,7 +134,7 @@ class Replies:
             return rest == b"t", False
         if kind in b",(":
             return rest, False
-        raise exceptions.InvalidResponse(f"Unexpected reply from the Redis server: {line[:20]!r}")
+        raise _invalid(kind + rest)
 
     def _line(self) -> bytes:
         while True:
@@ -190,6 +195,10 @@ def replies_of(connection: Any) -> Replies | DriversReplies:
     if isinstance(sock, socket.socket) and reads_as_redis_py and not connection.health_check_interval:
         return Replies(sock)
     return DriversReplies(connection)
+
+
+def _invalid(line: bytes) -> Exception:
+    return exceptions.InvalidResponse(f"Unexpected reply from the Redis server: {line[:20]!r}")
 
 
 def _gone() -> Exception:

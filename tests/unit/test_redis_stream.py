@@ -115,6 +115,9 @@ def test_an_error_is_asked_singly_and_its_neighbours_are_not() -> None:
     [
         pytest.param(b"-READONLY You can't write against a read only replica.\r\n", id="a master that is none now"),
         pytest.param(b"$1\r\n1\r\n", id="another type"),
+        pytest.param(b"\r\n", id="an empty line"),
+        pytest.param(b":one\r\n", id="no number"),
+        pytest.param(b"-MOVED nowhere\r\n", id="an error that redis-py cannot read"),
         pytest.param(b"", id="the end"),
     ],
 )
