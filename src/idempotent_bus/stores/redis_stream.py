@@ -57,10 +57,10 @@ class Share:
 class RedisStream:
     """A `CompletionStream` over one connection. For one thread at a time.
 
-    pool: gives the connection, at the first completion. share: says whether it may be held, else each completion is done
-    while `begin` waits. script: the text that the server must know. packed: the command for a completion. accept: what
-    its reply means, or None if it must be asked singly. singly: `complete`, as the store does it otherwise. claiming:
-    the command for a claim. outcome: what its reply means, or None if it says nothing yet.
+    pool: gives the connection, at the first completion. share: says whether it may be held; else each completion is
+    done while `begin` waits. script: the text that the server must know. packed: the command for a completion. accept:
+    what its reply means, or None if it must be asked singly. singly: `complete`, as the store does it otherwise.
+    claiming: the command for a claim. outcome: what its reply means, or None if it says nothing yet.
     """
 
     survives = True  # it is the kernel's once `begin` has returned
