@@ -101,40 +101,38 @@ class Replies:
         Raises as `more`, and redis-py's InvalidResponse.
         """
         line = self._line()
+        kind, rest = line[:1], line[1:]
         try:
-            return self._meaning(line[:1], line[1:])
+            if kind == b":":
+                return int(rest), False
+            if kind == b"$" or kind == b"=":
+                size = int(rest)
+                if size < 0:
+                    return None, False
+                text = self._bulk(size)
+                return (text[4:] if kind == b"=" else text), False
+            if kind in b"*~>":
+                size = int(rest)
+                if size < 0:
+                    return None, False
+                return [self.value()[0] for _ in range(size)], kind == b">"
+            if kind == b"+":
+                return rest, False
+            if kind == b"%":
+                return [self.value()[0] for _ in range(2 * int(rest))], False
+            if kind == b"-":
+                return _error(rest), False
+            if kind == b"!":
+                return _error(self._bulk(int(rest))), False
+            if kind == b"_":
+                return None, False
+            if kind == b"#":
+                return rest == b"t", False
+            if kind in b",(":
+                return rest, False
+            raise _invalid(line)
         except ValueError as error:  # no number where there must be one
             raise _invalid(line) from error
-
-    def _meaning(self, kind: bytes, rest: bytes) -> tuple[Any, bool]:
-        if kind == b":":
-            return int(rest), False
-        if kind == b"$" or kind == b"=":
-            size = int(rest)
-            if size < 0:
-                return None, False
-            text = self._bulk(size)
-            return (text[4:] if kind == b"=" else text), False
-        if kind in b"*~>":
-            size = int(rest)
-            if size < 0:
-                return None, False
-            return [self.value()[0] for _ in range(size)], kind == b">"
-        if kind == b"+":
-            return rest, False
-        if kind == b"%":
-            return [self.value()[0] for _ in range(2 * int(rest))], False
-        if kind == b"-":
-            return _error(rest), False
-        if kind == b"!":
-            return _error(self._bulk(int(rest))), False
-        if kind == b"_":
-            return None, False
-        if kind == b"#":
-            return rest == b"t", False
-        if kind in b",(":
-            return rest, False
-        raise _invalid(kind + rest)
 
     def _line(self) -> bytes:
         while True:
