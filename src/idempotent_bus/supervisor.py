@@ -6,12 +6,12 @@ import contextlib
 import json
 import logging
 import os
-import select
 import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from typing import Any, Final, NoReturn
 
 from .errors import ConfigurationError
@@ -230,9 +230,9 @@ class Supervisor:
         """Wait for reports, for so long at most."""
         pipes = {child.pipe: child for child in self._children if child.pid}
         with contextlib.suppress(ValueError):
-            ready, _, _ = select.select(list(pipes), (), (), timeout)
-            for pipe in ready:
-                if not self._drain(pipes[pipe]):
+            ready = wait(list(pipes), timeout)  # not `select`, which knows of 1,024 open files only
+            for pipe, child in pipes.items():
+                if pipe in ready and not self._drain(child):
                     time.sleep(0.01)  # it has ended: do not spin until it can be waited for
 
     def _drain(self, child: _Child) -> bool:
