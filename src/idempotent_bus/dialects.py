@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.engine import Dialect
 
-__all__ = ["NOW_US", "Blob", "Digest", "Statement", "compiled", "is_contention", "load_texts", "quoted"]
+__all__ = ["NOW_US", "Blob", "Digest", "Statement", "compiled", "is_contention", "is_read_only", "load_texts", "quoted"]
 
 #: The database's own clock, as whole microseconds since the epoch, read at the moment of evaluation. By file name.
 NOW_US: Final = {
@@ -31,6 +31,9 @@ NOW_US: Final = {
 #: Errors that say "you met somebody; do it again": serialization failures and deadlocks.
 _CONTENTION_STATES: Final = frozenset({"40001", "40P01"})
 _CONTENTION_NUMBERS: Final = frozenset({1213, 1020})
+#: Errors that say "here nothing can be written": a standby, most often one that was the primary a moment ago.
+_READ_ONLY_STATE: Final = "25006"
+_READ_ONLY_NUMBERS: Final = frozenset({1290, 1792, 1836})
 
 
 class Digest(sa.types.TypeDecorator[bytes]):
@@ -117,3 +120,9 @@ def is_contention(error: BaseException) -> bool:
     """True for a deadlock or a serialization failure: nothing was done, the same may be asked again at once."""
     state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
     return state in _CONTENTION_STATES or (bool(error.args) and error.args[0] in _CONTENTION_NUMBERS)
+
+
+def is_read_only(error: BaseException) -> bool:
+    """True if the server, or this session of it, takes no writes: after a failover another connection may."""
+    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    return state == _READ_ONLY_STATE or (bool(error.args) and error.args[0] in _READ_ONLY_NUMBERS)

@@ -26,7 +26,7 @@ from idempotent_bus import dialects, schema
 from idempotent_bus.errors import StoreUnavailable
 from idempotent_bus.model import Busy, Claimed, ClaimRequest, Completed, Hold
 from idempotent_bus.stores.sql import SQLStore, open_sql
-from idempotent_bus.stores.sql_engine import Watchdog
+from idempotent_bus.watchdog import Watchdog
 from proxy import Proxy, through
 
 SERVERS = ("postgresql", "mariadb")

@@ -30,7 +30,8 @@ from ..errors import StoreUnavailable
 from ..model import NONCE_BYTES, ClaimOutcome, ClaimRequest, Completion, Hold, Record, State
 from ..schema import PREFIX
 from ..store import CompletionStream
-from .sql_engine import SOCKET, Watchdog, open_engine, watch
+from ..watchdog import SOCKET, Watchdog, watch
+from .sql_engine import open_engine
 from .sql_flavours import Flavour, Unsettled, Work, choose, microseconds
 from .streams import GatheringStream
 

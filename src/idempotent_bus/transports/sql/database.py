@@ -21,13 +21,20 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import QueuePool
 
+from ...dialects import is_read_only
 from ...errors import ConfigurationError
+from ...watchdog import Watchdog, limits, watch
 from .tables import CLOCKS, KOMBU_MESSAGE, KOMBU_QUEUE, Tables, create, tables
 
 T = TypeVar("T")
 
 #: How long SQLite waits for another process's transaction before "database is locked", in seconds.
 BUSY_TIMEOUT: Final = 30.0
+#: How long a server's answer is waited for where `answer_timeout` is not set, in seconds. A consumer that waited longer
+#: would have lost its lease.
+ANSWER_TIMEOUT: Final = 60.0
+#: How long a connection is waited for at most, in seconds: PyMySQL's own default.
+_CONNECT_TIMEOUT: Final = 10
 #: Arguments of create_engine() that are taken from the transport options; the others are kombu's or ours.
 _ENGINE_OPTIONS: Final = frozenset(
     {"connect_args", "echo", "echo_pool", "isolation_level", "max_overflow"}
@@ -72,6 +79,10 @@ class Database:
             )
         self.now: sa.ColumnElement[float] = sa.literal_column(CLOCKS[self.dialect], sa.Double())
         chosen = {name: options[name] for name in _ENGINE_OPTIONS & options.keys()}
+        self._answer_timeout = float(options.get("answer_timeout", ANSWER_TIMEOUT))
+        if self._answer_timeout <= 0:
+            raise ConfigurationError("answer_timeout must be more than 0 seconds")
+        self._watchdog = Watchdog(self._answer_timeout)
         self.engine = self._engine(chosen)
         #: For what need not survive a power cut. PostgreSQL sets that by session, so it takes sessions of its own.
         self._lax = self._engine(chosen, _LAX) if self.dialect == "postgresql" else self.engine
@@ -173,6 +184,7 @@ class Database:
     def _create_once(self) -> None:
         if self._created:
             return
+        gives_up = time.monotonic() + self._answer_timeout
         with self._lock:
             for tries in range(10):
                 if self._created:
@@ -183,7 +195,7 @@ class Database:
                     self._created = True
                 except DBAPIError:
                     # Another process is creating the same tables; what it committed is there at the next look.
-                    if tries == 9:
+                    if tries == 9 or time.monotonic() >= gives_up:
                         raise
                     time.sleep(0.02 * (tries + 1))
 
@@ -191,9 +203,15 @@ class Database:
         if not self.is_sqlite:
             # READ COMMITTED: a second publisher of the same id waits for the first one, then sees its mark.
             defaults = {"isolation_level": "READ COMMITTED", "pool_recycle": 1800}
-            engine = sa.create_engine(self.url, **{**defaults, **options})
+            limited = limits(self.url.get_dialect().driver, self._answer_timeout)
+            if "connect_timeout" in limited:
+                limited["connect_timeout"] = min(limited["connect_timeout"], _CONNECT_TIMEOUT)
+            given = {"connect_args": {**limited, **options.get("connect_args", {})}}
+            engine = sa.create_engine(self.url, **{**defaults, **options, **given})
             sa.event.listen(engine, "connect", _prepare_server(_NO_LOITERING[self.dialect], *settings))
             sa.event.listen(engine, "handle_error", self._note_cut)
+            if self.dialect == "postgresql":
+                watch(engine, lambda: self._watchdog)
             return engine
         arguments = {"check_same_thread": False, **options.get("connect_args", {})}
         if "timeout" not in self.url.query:
@@ -207,6 +225,9 @@ class Database:
         return engine
 
     def _note_cut(self, context: sa.engine.ExceptionContext) -> None:
+        if context.original_exception is not None and is_read_only(context.original_exception):
+            # A failover has made a standby of that server: it would say so for as long as the connection is kept.
+            context.is_disconnect = True
         if context.is_disconnect:
             self.cuts += 1
 
@@ -223,6 +244,7 @@ class Database:
 
     def after_fork_in_child(self) -> None:
         self._lock = threading.RLock()
+        self._watchdog = Watchdog(self._answer_timeout)
         self._locked_for_fork = False
         if not self.is_sqlite:
             self.engine.dispose(close=False)
@@ -287,7 +309,7 @@ def _code(error: DBAPIError) -> object:
 
 _databases: dict[tuple[Any, ...], Database] = {}
 _mutex = threading.Lock()
-_NAMES: Final = ("queue_tablename", "message_tablename", "table_prefix")
+_NAMES: Final = ("queue_tablename", "message_tablename", "table_prefix", "answer_timeout")
 
 
 def open_database(url: str, options: dict[str, Any]) -> Database:

@@ -11,6 +11,8 @@ tables with plain `sqla+...` producers and consumers. Transport options, besides
 * `polling_interval`: 0.05 s on SQLite, where a look that finds nothing new is one PRAGMA, 0.1 s on servers.
 * `fetch_size` (100): how many messages one transaction takes at most, if prefetch allows and they are handled fast.
 * `table_prefix`: the beginning of our own tables' names.
+* `answer_timeout` (60 s; not on SQLite): how long a server's answer is waited for. One that falls silent is a lost
+  connection then. Raise it where the first start must make an index of millions of kombu's old rows.
 
 In the URL of SQLite, `?synchronous=NORMAL` lets a power cut (not a crash) undo the last publishes.
 
