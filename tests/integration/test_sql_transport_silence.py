@@ -125,3 +125,19 @@ def test_a_connection_to_what_became_a_standby_is_not_kept(bus: Bus) -> None:
         with pytest.raises(connection.connection_errors):
             bus.publish(connection, 2, "b")
         assert bus.publish(connection, 2, "b") is Landing.LANDED
+
+
+def test_more_messages_than_an_integer_can_count(bus: Bus) -> None:
+    """The numbers of messages go on behind 2,147,483,647: an INTEGER, as kombu makes it, would end the queue."""
+    table = bus.tables().message
+    with bus.connect() as connection:
+        bus.publish(connection, 1, "a")
+        with open_database(bus.url, bus.options).engine.begin() as held:
+            held.execute(sa.update(table).values(id=2**31 - 1))
+            # The sequence is one for all message tables of the database: only this table's own message is moved.
+            held.execute(sa.update(table).values(id=table.c.id + 5))
+        got = next(deliveries(connection, bus.queue))
+        got.requeue()
+        got = next(deliveries(connection, bus.queue))
+        assert got.payload == 1
+        got.ack()

@@ -81,7 +81,8 @@ def tables(queue: str = KOMBU_QUEUE, message: str = KOMBU_MESSAGE, prefix: str |
     message_table = sa.Table(
         message,
         metadata,
-        sa.Column("id", sa.Integer, sa.Sequence("message_id_sequence"), primary_key=True, autoincrement=True),
+        # kombu's is an INTEGER, which ends at two billion messages; a table of ours does not.
+        sa.Column("id", _BIG, sa.Sequence("message_id_sequence"), primary_key=True, autoincrement=True),
         sa.Column("visible", sa.Boolean, index=True),
         sa.Column("timestamp", sa.DateTime, nullable=True, index=True),
         sa.Column("payload", _LONG, nullable=False),
