@@ -267,7 +267,7 @@ def create(engine: Engine, tables: sa.MetaData, *, patience: float = 2.0) -> Non
             level = {"isolation_level": "READ COMMITTED"} if postgresql else {}
             with engine.connect().execution_options(**level) as connection, connection.begin():
                 if postgresql:
-                    one_at_a_time(connection, tables)
+                    one_at_a_time(connection, tables, patience)
                 for statement in statements(tables, engine.dialect):
                     connection.execute(statement)
         except sa.exc.DBAPIError:
@@ -278,11 +278,13 @@ def create(engine: Engine, tables: sa.MetaData, *, patience: float = 2.0) -> Non
             time.sleep(0.05)
 
 
-def one_at_a_time(connection: sa.Connection, tables: sa.MetaData) -> None:
+def one_at_a_time(connection: sa.Connection, tables: sa.MetaData, patience: float) -> None:
     """On PostgreSQL: wait until nobody else makes these tables, and keep others from it until the transaction's end.
 
-    CREATE ... IF NOT EXISTS looks, then creates: two at once collide in the catalogue.
+    CREATE ... IF NOT EXISTS looks, then creates: two at once collide in the catalogue. patience: seconds to wait for
+    this or any other lock in the transaction: whoever has it may have been stopped in the middle.
     """
+    connection.execute(sa.select(sa.func.set_config("lock_timeout", f"{max(1, round(patience * 1000))}", True)))
     lock = sa.func.hashtext(f"idempotent-bus {tables.schema} {tables.info['prefix']}")
     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock)))
 

@@ -173,3 +173,40 @@ def test_the_relay_command(place: Place, tmp_path: Path) -> None:
     assert running.returncode == 0, said
     assert "ended after" in said
     assert place.rows() == []
+
+
+@within("postgresql")
+def test_whoever_was_stopped_while_it_made_the_tables_is_not_waited_for_for_ever(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock is waited for as long as is said, by `create` and by an upgrade; once it is gone both go well."""
+    monkeypatch.setattr(migrations, "_PATIENCE", 0.5)
+    empty(place)
+    tables = schema.metadata(place.prefix)
+    stopped = place.engine.connect()
+    stopped.begin()
+    schema.one_at_a_time(stopped, tables, 1)
+    attempts = {
+        "create": lambda: schema.create(place.engine, tables, patience=0.5),
+        "upgrade": lambda: migrations.upgrade(place.engine, place.prefix),
+    }
+    outcomes: dict[str, Any] = {}
+
+    def make(name: str) -> None:
+        try:
+            outcomes[name] = attempts[name]()
+        except sa.exc.OperationalError as error:
+            outcomes[name] = getattr(error.orig, "sqlstate", None)
+
+    threads = [threading.Thread(target=make, args=(name,)) for name in attempts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    told = dict(outcomes)
+    stopped.close()
+    for thread in threads:
+        thread.join(10)
+    assert told == {"create": "55P03", "upgrade": "55P03"}
+    attempts["upgrade"]()
+    attempts["create"]()

@@ -113,7 +113,7 @@ def _alone(engine: sa.Engine, tables: sa.MetaData) -> Iterator[sa.Connection]:
         connection.begin(),
     ):
         if kind == "postgresql":
-            schema.one_at_a_time(connection, tables)
+            schema.one_at_a_time(connection, tables, _PATIENCE)
         elif kind == "sqlite":
             if not getattr(connection.connection.dbapi_connection, "in_transaction", False):
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
