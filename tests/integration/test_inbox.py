@@ -707,6 +707,21 @@ def test_a_pooled_connection_that_died_meanwhile_is_no_failure(postgresql: Bench
     assert made.handle(bench.work()).how is Ended.COMPLETED
 
 
+def test_a_pooled_connection_to_what_became_a_standby_is_replaced(bench: Bench) -> None:
+    """After a failover: it would refuse all writes for ever, and a new one may lead to the new primary."""
+    if bench.engine.dialect.name == "sqlite":
+        pytest.skip("has no standby")
+    read_only = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"
+    if bench.engine.dialect.name == "mysql":
+        read_only = "SET SESSION TRANSACTION READ ONLY"
+    made = bench.transactions()
+    made.handle(bench.work(biz_id="warm-up"))
+    with bench.engine.connect() as mine:
+        mine.exec_driver_sql(read_only)
+        mine.commit()
+    assert made.handle(bench.work()).how is Ended.COMPLETED
+
+
 def test_brokers_errors_are_not_taken_for_the_databases(bench: Bench) -> None:
     """Where broker and inbox are both SQL databases: an ack that fails is the broker's trouble, and comes out."""
     made = bench.transactions()

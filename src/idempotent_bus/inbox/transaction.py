@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 
 from ..connections import Link, commits_by_itself, link_to, link_to_driver
+from ..dialects import is_read_only
 from ..errors import ConfigurationError, Permanent
 from .records import Records
 
@@ -325,7 +326,8 @@ class translated:  # noqa: N801 - used as a function
         if not isinstance(error, driver_error):
             return
         driver = connection.connection.dbapi_connection if not connection.invalidated else None
-        gone = dialect.is_disconnect(error, driver, None)
+        # After a failover one to what is a standby by now is as good as lost: the pool would lend it for ever.
+        gone = dialect.is_disconnect(error, driver, None) or is_read_only(error)
         if gone and not connection.invalidated:
             connection.invalidate(error)
         raise sa.exc.DBAPIError.instance(
