@@ -12,7 +12,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.engine import Dialect
 
-__all__ = ["NOW_US", "Blob", "Digest", "Statement", "compiled", "is_contention", "is_read_only", "load_texts", "quoted"]
+__all__ = ["NOW_US", "NO_LOITERING", "Blob", "Digest", "Statement", "compiled", "is_contention", "is_read_only"]
+__all__ += ["load_texts", "quoted"]
 
 #: The database's own clock, as whole microseconds since the epoch, read at the moment of evaluation. By file name.
 NOW_US: Final = {
@@ -34,6 +35,14 @@ _CONTENTION_NUMBERS: Final = frozenset({1213, 1020})
 #: Errors that say "here nothing can be written": a standby, most often one that was the primary a moment ago.
 _READ_ONLY_STATE: Final = "25006"
 _READ_ONLY_NUMBERS: Final = frozenset({1290, 1792, 1836})
+
+#: A process that was stopped, or whose machine vanished, inside a transaction must not keep its rows locked. Ours are
+#: over in milliseconds and wait for nothing outside. MySQL has no such setting and reads a comment.
+NO_LOITERING: Final = {
+    "postgresql": "SET SESSION idle_in_transaction_session_timeout = 30000",
+    "mysql": "SET @idempotent_bus = 1 /*M! , SESSION idle_transaction_timeout = 30 */",
+    "mariadb": "SET @idempotent_bus = 1 /*M! , SESSION idle_transaction_timeout = 30 */",
+}
 
 
 class Digest(sa.types.TypeDecorator[bytes]):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ from typing_extensions import Self
 
 from . import schema
 from .connections import read_committed
+from .dialects import NO_LOITERING
 from .errors import ConfigurationError
 from .hooks import CONFIRM, MARK, READ, Step, direct
 from .producer import IdempotentProducer, ResendPolicy
@@ -32,6 +34,7 @@ from .relaying.entities import Described
 from .relaying.rows import Backlog, DeadRow, OutboxRow, Rows
 from .relaying.sending import Outcome, send
 from .relaying.wakeup import Wakeup
+from .watchdog import Watchdog, spare_socket
 
 __all__ = ["Relay", "RelayCounts", "redrive_outbox"]
 
@@ -50,6 +53,12 @@ _USABLE: Final = 0.5
 #: A stream ends after about this part of a lease, so that the time is looked at again.
 _STREAM: Final = 0.1
 _SECOND: Final = 1_000_000
+#: For this transaction only: behind a pooler the session is shared.
+_NO_LOITERING: Final = NO_LOITERING["postgresql"].replace("SESSION", "LOCAL")
+#: Seconds: an answer of the database is waited for during a lease, but for so long at the least.
+_PATIENCE: Final = 10.0
+#: Seconds: the same where the whole table is counted.
+_LONGEST_COUNT: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +94,8 @@ class Relay:
     """Moves rows of one outbox to one broker.
 
     engine: of the outbox's database; one connection is kept, and on PostgreSQL a second one to be woken. Without
-        psycopg 3, and elsewhere, the table is polled.
+        psycopg 3, and elsewhere, the table is polled. A server that falls silent on them is given up after a lease (10
+        seconds at the least); how long a new connection may take is your engine's matter (`connect_timeout`).
     connection: the broker, as IdempotentProducer takes it.
     table_prefix, database_schema: the outbox's. The table must be there, or `create` makes it.
     declare: exchanges and queues to declare at every new connection.
@@ -143,10 +153,12 @@ class Relay:
             step=step,
         )
         self._entities = Described()
-        self._wakeup = Wakeup(engine, self._tables, clock=clock)
+        self._watchdog = Watchdog(max(lease, _PATIENCE))
+        self._wakeup = Wakeup(engine, self._tables, watchdog=self._watchdog, clock=clock)
         self._stopping = False
         self._lock = threading.Lock()
         self._connection: sa.Connection | None = None
+        self._socket: socket.socket | None = None
         self._rows: Rows | None = None
         self._claimer: Claimer | None = None
         #: Confirmed, but not known to be deleted: the answer was lost, and deleting can be repeated. Ids by number.
@@ -239,6 +251,7 @@ class Relay:
             self._disconnect()
             self._producer.close()
             self._wakeup.close()
+            self._watchdog.close()
 
     def __enter__(self) -> Self:
         return self
@@ -250,7 +263,7 @@ class Relay:
 
     def backlog(self) -> Backlog:
         """Count what is in the outbox. Reads the whole table: not for every second on a large one."""
-        with self._lock, self._transaction() as connection:
+        with self._lock, self._transaction(_LONGEST_COUNT) as connection:
             return self._table.backlog(connection)
 
     def dead(self, *, after: int = 0, limit: int = 100) -> list[DeadRow]:
@@ -398,14 +411,19 @@ class Relay:
         return self._rows
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sa.Connection]:
-        """A transaction on the relay's own connection, committed at the end. After an error the connection is new."""
+    def _transaction(self, limit: float | None = None) -> Iterator[sa.Connection]:
+        """A transaction on the relay's own connection, committed at the end. After an error the connection is new.
+
+        limit: seconds that it may take, if not those of the watchdog.
+        """
         if self._connection is None:
             self._connect()
         connection = self._connection
         assert connection is not None
         try:
-            with connection.begin():
+            with self._watched(limit), connection.begin():
+                if connection.dialect.name == "postgresql":
+                    connection.exec_driver_sql(_NO_LOITERING)
                 if connection.dialect.name == "sqlite":
                     driver = connection.connection.dbapi_connection
                     if not getattr(driver, "in_transaction", False):
@@ -424,8 +442,17 @@ class Relay:
             with self._engine.connect() as connection:
                 schema.check_engines(connection, self._tables)
         connection = self._engine.connect()
-        # Others than this lock the gaps in which rows are being added, or refuse what was changed meanwhile.
-        self._connection = connection = read_committed(connection)
+        self._socket = spare_socket(connection.connection.driver_connection)
+        try:
+            with self._watched():
+                # Others than this lock the gaps in which rows are being added, or refuse what was changed meanwhile.
+                self._connection = connection = read_committed(connection)
+                if connection.dialect.name in ("mysql", "mariadb"):
+                    connection.exec_driver_sql(NO_LOITERING[connection.dialect.name])
+                    connection.commit()
+        except BaseException:
+            self._disconnect()
+            raise
         if self._rows is None:
             self._rows = Rows(self._tables, connection.dialect)
             self._claimer = Claimer(self._rows, clock=self._clock)
@@ -434,7 +461,25 @@ class Relay:
         connection, self._connection = self._connection, None
         if connection is not None:
             with contextlib.suppress(Exception):
+                # Not for others, nor for us again: after an error it may lead to what is a standby since a failover,
+                # and keeps on refusing; and it has settings of ours.
+                if connection.dialect.name != "sqlite":
+                    connection.invalidate()
                 connection.close()
+        spare, self._socket = self._socket, None
+        if spare is not None:
+            spare.close()
+
+    @contextlib.contextmanager
+    def _watched(self, limit: float | None = None) -> Iterator[None]:
+        if self._socket is None:
+            yield
+            return
+        ticket = self._watchdog.start(self._socket, limit)
+        try:
+            yield
+        finally:
+            self._watchdog.stop(ticket)
 
 
 def redrive_outbox(

@@ -18,21 +18,25 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
-__all__ = ["SOCKET", "Watchdog", "limits", "spare_socket", "watch"]
+__all__ = ["SOCKET", "Watchdog", "limits", "patient_engine", "spare_socket", "watch"]
 
 #: In a pooled connection's info: a socket object for the same TCP connection, for the watchdog.
 SOCKET: Final = "idempotent_bus_socket"
+#: Seconds for a connection, where answers are waited for longer: PyMySQL's own default.
+_CONNECT: Final = 10.0
 
 
-def limits(driver: str, timeout: float) -> dict[str, Any]:
+def limits(driver: str, timeout: float, *, connect: float | None = None) -> dict[str, Any]:
     """What a driver takes in its `connect` so that no answer is waited for much longer than `timeout` seconds.
 
-    On PostgreSQL that is not all: a silent server is the watchdog's. Empty for a driver that is not known.
+    connect: seconds for the connection itself, if that is less. On PostgreSQL that is not all: a silent server is the
+    watchdog's. Empty for a driver that is not known.
     """
+    connect = timeout if connect is None else min(connect, timeout)
     if driver in ("psycopg", "psycopg2"):
         # libpq: a dead peer is noticed by unacknowledged data and by probes.
         return {
-            "connect_timeout": max(2, math.ceil(timeout)),
+            "connect_timeout": max(2, math.ceil(connect)),
             "tcp_user_timeout": math.ceil(timeout * 1000),
             "keepalives_idle": max(1, math.ceil(timeout)),
             "keepalives_interval": 1,
@@ -40,8 +44,26 @@ def limits(driver: str, timeout: float) -> dict[str, Any]:
         }
     if driver in ("pymysql", "mysqldb"):
         wait = math.ceil(timeout) + 1  # the server's own limit comes first
-        return {"connect_timeout": math.ceil(timeout), "read_timeout": wait, "write_timeout": wait}
+        return {"connect_timeout": math.ceil(connect), "read_timeout": wait, "write_timeout": wait}
     return {}
+
+
+def patient_engine(url: sa.URL, timeout: float, **options: Any) -> Engine:
+    """An engine whose servers' answers are waited for no longer than this many seconds. What the URL or `connect_args`
+    say of the driver's own limits goes before ours.
+    """
+    driver = url.get_dialect().driver
+    ours = limits(driver, timeout, connect=_CONNECT)
+    ours = {name: value for name, value in ours.items() if name not in url.query}
+    engine = sa.create_engine(url, **{**options, "connect_args": {**ours, **options.get("connect_args", {})}})
+    if engine.dialect.name == "postgresql":
+        dogs: dict[int, Watchdog] = {}  # by process: a fork does not inherit the thread
+
+        def watchdog() -> Watchdog:
+            return dogs.get(os.getpid()) or dogs.setdefault(os.getpid(), Watchdog(timeout))
+
+        watch(engine, watchdog)
+    return engine
 
 
 def spare_socket(connection: Any) -> socket.socket | None:
@@ -54,9 +76,8 @@ def spare_socket(connection: Any) -> socket.socket | None:
     source = connection if source is None else source
     if not hasattr(source, "fileno"):
         return None
-    spare = socket.socket(fileno=os.dup(source.fileno()))
-    spare.setblocking(False)
-    return spare
+    # Whether it blocks is left as it is: that is the connection's, not the descriptor's.
+    return socket.socket(fileno=os.dup(source.fileno()))
 
 
 def watch(engine: Engine, watchdog: Callable[[], Watchdog]) -> None:

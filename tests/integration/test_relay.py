@@ -15,8 +15,13 @@ import sqlalchemy as sa
 from kombu import Exchange, Queue
 
 from consumer_rig import Broker, make_broker, poll
-from idempotent_bus import hooks
+from idempotent_bus import Outbox, Relay, hooks
+from idempotent_bus import relay as relaying
+from idempotent_bus.dialects import NO_LOITERING
 from idempotent_bus.relay import redrive_outbox
+from idempotent_bus.relaying import wakeup
+from idempotent_bus.relaying.sending import Outcome
+from idempotent_bus.watchdog import Watchdog
 from outbox_rig import DATABASES, Place, place_of, within
 from proxy import Proxy, through
 
@@ -489,3 +494,128 @@ def test_the_control_a_relay_that_marks_first_loses(place: Place, broker: Broker
     with place.relay(broker, declare=[queue]) as another:
         another.run(idle_timeout=0)
     assert landed(broker, queue, 0, 0.1) == []
+
+
+def _told(act: Callable[[], Any], seconds: float) -> tuple[threading.Thread, list[Any]]:
+    """A thread that does it, waited for so long; what it gave or raised, if it has come to its end."""
+    told: list[Any] = []
+
+    def run() -> None:
+        try:
+            told.append(act())
+        except sa.exc.SQLAlchemyError as error:
+            told.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return thread, told
+
+
+@within("postgresql", "mariadb")
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("how", ["claim", "count", "asleep"])
+def test_a_database_that_falls_silent_does_not_hold_the_relay_for_ever(
+    place: Place, monkeypatch: pytest.MonkeyPatch, how: str, watched: bool
+) -> None:
+    """Frozen, not closed: it is told in time, tries again, and ends when asked. The control: drivers wait on."""
+    monkeypatch.setattr(relaying, "_PATIENCE", 1.0)
+    monkeypatch.setattr(relaying, "_LONGEST_COUNT", 1.0)
+    monkeypatch.setattr(wakeup, "_ASK", 0.5)
+    if not watched:
+        monkeypatch.setattr(Watchdog, "start", lambda *_: 0)
+    with Proxy(url=place.url) as proxy:
+        engine = sa.create_engine(through(proxy, place.url), connect_args={"connect_timeout": 2})
+        relay = Relay(engine, "memory://", table_prefix=place.prefix, lease=1.0, poll_interval=0.1)
+        relay.run_once()
+        if how == "asleep":
+            thread, told = _told(relay.run, 1.0)
+            proxy.stall()
+            time.sleep(0.5)
+            relay.stop()
+            thread.join(6 if watched else 3)
+        else:
+            proxy.stall()
+            thread, told = _told(relay.run_once if how == "claim" else relay.backlog, 6 if watched else 3)
+        assert thread.is_alive() is not watched
+        if watched and how != "asleep":
+            assert isinstance(told[0], sa.exc.OperationalError)
+            proxy.resume()
+            assert relay.run_once().exhausted
+        proxy.refuse()
+        proxy.cut()
+        proxy.resume()
+        thread.join(10)
+        relay.close()
+        engine.dispose()
+
+
+@within("postgresql", "mariadb")
+@on("ours-sqlite")
+@pytest.mark.parametrize("settled", [True, False])
+def test_a_relay_that_was_stopped_in_its_transaction_does_not_keep_the_rows(
+    place: Place, broker: Broker, monkeypatch: pytest.MonkeyPatch, settled: bool
+) -> None:
+    """Its machine vanished, or it was frozen, with a batch locked: the server ends the transaction, and another relay
+    sends the rows. The control: else they stay locked, and SKIP LOCKED passes them over for ever."""
+    queue = broker.queue()
+    statements = {name: text.replace("30000", "1000").replace("= 30 ", "= 1 ") for name, text in NO_LOITERING.items()}
+    if not settled:
+        statements = dict.fromkeys(statements, "SELECT 1")
+    monkeypatch.setattr(relaying, "NO_LOITERING", statements)
+    monkeypatch.setattr(relaying, "_NO_LOITERING", statements["postgresql"].replace("SESSION", "LOCAL"))
+    with place.engine.begin() as connection:
+        place.pay(connection, 1, routing_key=queue.name)
+    stopped = place.relay(broker)
+    with place.relay(broker) as other, contextlib.suppress(sa.exc.DBAPIError), stopped._transaction() as connection:
+        assert stopped._claimer is not None
+        assert len(stopped._claimer.claim(connection, 10, 30.0)) == 1
+        assert other.run_once().sent == 0
+        deadline = time.monotonic() + 4
+        sent = 0
+        while not sent and time.monotonic() < deadline:
+            time.sleep(0.2)
+            sent = other.run_once().sent
+        assert sent == settled
+    stopped.close()
+
+
+@within("postgresql")
+def test_an_error_in_any_letters_is_noted_in_any_encoding(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the database is not in UTF-8: what the broker says must not end the relay (UnicodeEncodeError did)."""
+    name = f"{place.prefix}latin1"
+    everything = place.engine.execution_options(isolation_level="AUTOCOMMIT")
+    with everything.connect() as connection:
+        connection.exec_driver_sql(
+            f"CREATE DATABASE {name} ENCODING 'LATIN1' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'"
+        )
+    engine = sa.create_engine(place.engine.url.set(database=name))
+    try:
+        outbox = Outbox(engine)
+        with engine.begin() as connection:
+            outbox.add(connection, {"n": 1}, routing_key="nowhere")
+        monkeypatch.setattr(relaying, "send", lambda _, rows, *__, **___: Outcome(refused=[(rows[0], "отказано")]))
+        with Relay(engine, "memory://", max_attempts=1) as relay:
+            assert relay.run_once().refused == 1
+            assert "u043e" in relay.dead()[0].last_error
+    finally:
+        engine.dispose()
+        with everything.connect() as connection:
+            connection.exec_driver_sql(f"DROP DATABASE {name}")
+
+
+@within("postgresql", "mariadb")
+def test_a_relay_leaves_a_server_that_became_a_standby(place: Place) -> None:
+    """After a failover the server that was the primary refuses all writes, for ever: the next pass is on a new
+    connection, which may lead to the new primary."""
+    read_only = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"
+    if place.name == "mariadb":
+        read_only = "SET SESSION TRANSACTION READ ONLY"
+    with place.relay("memory://") as relay:
+        relay.run_once()
+        assert relay._connection is not None
+        relay._connection.exec_driver_sql(read_only)
+        relay._connection.commit()
+        with pytest.raises(sa.exc.DBAPIError):
+            relay.run_once()
+        assert relay.run_once().exhausted

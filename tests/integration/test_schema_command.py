@@ -14,8 +14,10 @@ import pytest
 import sqlalchemy as sa
 from kombu import Connection, Queue
 
-from idempotent_bus import ConfigurationError, Outbox, migrations, schema
+from idempotent_bus import ConfigurationError, Outbox, migrations, schema, watchdog
+from idempotent_bus.cli import schema as cli
 from outbox_rig import DATABASES, Place, place_of, url_of, within
+from proxy import Proxy, through
 
 place = pytest.fixture(place_of)
 
@@ -173,6 +175,41 @@ def test_the_relay_command(place: Place, tmp_path: Path) -> None:
     assert running.returncode == 0, said
     assert "ended after" in said
     assert place.rows() == []
+
+
+@within("postgresql", "mariadb")
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("connected", [True, False])
+def test_no_command_waits_for_ever_for_a_database_that_falls_silent(
+    place: Place, monkeypatch: pytest.MonkeyPatch, connected: bool, watched: bool
+) -> None:
+    """Its engine is the commands' own: in use, and as it connects. The control: the drivers alone wait on."""
+    monkeypatch.setattr(cli, "_ANSWER_TIMEOUT", 1.0)
+    if not watched:
+        monkeypatch.setattr(watchdog.Watchdog, "start", lambda *_: 0)
+        monkeypatch.setattr(watchdog, "limits", lambda *_, **__: {})
+    with Proxy(url=place.url) as proxy, cli.opened(through(proxy, place.url)) as engine:
+        told: list[Any] = []
+
+        def ask() -> None:
+            try:
+                with engine.connect() as connection:
+                    told.append(connection.exec_driver_sql("SELECT 1").scalar())
+            except sa.exc.OperationalError as error:
+                told.append(error)
+
+        if connected:
+            ask()
+        proxy.stall()
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(6 if watched else 3)
+        assert thread.is_alive() is not watched
+        if watched:
+            assert isinstance(told[-1], sa.exc.OperationalError)
+        proxy.cut()
+        proxy.resume()
+        thread.join(10)
 
 
 @within("postgresql")

@@ -11,10 +11,9 @@ import pytest
 import sqlalchemy as sa
 from kombu import Connection
 
+from idempotent_bus import watchdog
 from idempotent_bus.model import Landing
-from idempotent_bus.transports.sql import database as sql_database
 from idempotent_bus.transports.sql.database import open_database
-from idempotent_bus.watchdog import Watchdog
 from proxy import Proxy, through
 from sql_bus import Bus, deliveries, drop, open_bus
 
@@ -74,8 +73,8 @@ def test_a_server_that_falls_silent_is_a_lost_connection(
     """Frozen, not closed: whoever waits is told, in time, what kombu takes for a lost connection. The control: without
     the watchdog and the driver's limits it hangs."""
     if not watched:
-        monkeypatch.setattr(Watchdog, "start", lambda *_: 0)
-        monkeypatch.setattr(sql_database, "limits", lambda *_: {})
+        monkeypatch.setattr(watchdog.Watchdog, "start", lambda *_: 0)
+        monkeypatch.setattr(watchdog, "limits", lambda *_, **__: {})
     with Proxy(url=bus.url) as proxy, Bus(through(proxy, bus.url), bus.options).connect(answer_timeout=1) as connection:
         act = begin(bus, connection)
         proxy.stall()
@@ -96,8 +95,8 @@ def test_a_commit_whose_answer_never_comes(bus: Bus, monkeypatch: pytest.MonkeyP
     """The server has it, and falls silent: the outcome is unknown in time, and a resend settles it. The control: else
     it hangs, since SQLAlchemy tells nobody when a COMMIT is over."""
     if not watched:
-        monkeypatch.setattr(Watchdog, "start", lambda *_: 0)
-        monkeypatch.setattr(sql_database, "limits", lambda *_: {})
+        monkeypatch.setattr(watchdog.Watchdog, "start", lambda *_: 0)
+        monkeypatch.setattr(watchdog, "limits", lambda *_, **__: {})
     with Proxy(url=bus.url) as proxy, Bus(through(proxy, bus.url), bus.options).connect(answer_timeout=1) as connection:
         act = _publish(bus, connection)
         proxy.lose_reply(b"COMMIT\0" if "postgresql" in bus.url else b"\x03COMMIT", cut=False)  # not READ COMMITTED

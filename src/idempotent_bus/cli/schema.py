@@ -13,6 +13,9 @@ __all__ = ["COMMANDS", "first_line", "opened"]
 #: The driver where the URL names none: the one that the extras install.
 _DRIVERS: Final = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql", "mariadb": "mariadb+pymysql"}
 
+#: Seconds that a database's answer is waited for: to count or to index a large table takes a while.
+_ANSWER_TIMEOUT: Final = 600.0
+
 _DATABASE = click.option(
     "--database", required=True, help="A SQLAlchemy URL, such as postgresql+psycopg://user@host/db."
 )
@@ -91,9 +94,12 @@ def opened(url: str) -> Iterator[Any]:
         import sqlalchemy as sa
     except ModuleNotFoundError:
         raise click.ClickException("this needs SQLAlchemy: pip install 'idempotent-bus[sql]'") from None
+    from ..watchdog import patient_engine
+
     try:
         parsed = sa.make_url(url)
-        engine = sa.create_engine(parsed.set(drivername=_DRIVERS.get(parsed.drivername, parsed.drivername)))
+        parsed = parsed.set(drivername=_DRIVERS.get(parsed.drivername, parsed.drivername))
+        engine = patient_engine(parsed, _ANSWER_TIMEOUT)
     except ModuleNotFoundError as error:
         raise click.ClickException(f"the driver of this database is missing: {error.name}") from error
     except (sa.exc.ArgumentError, ValueError):

@@ -10,9 +10,12 @@ from django.db import connections
 from sqlalchemy.engine import URL, Dialect
 
 from ..errors import ConfigurationError
+from ..watchdog import patient_engine
 
 __all__ = ["VENDORS", "check_atomic", "dialect_of", "engine_of", "known", "unsupported"]
 
+#: Seconds: as long as a claim may wait.
+ANSWER_TIMEOUT: Final = 60.0
 #: Django's names of the databases that we know.
 VENDORS: Final = ("postgresql", "mysql", "sqlite")
 #: Oldest versions, as Django's connection tells them.
@@ -93,11 +96,12 @@ def dialect_of(connection: Any) -> Dialect:
     return dialect
 
 
-def engine_of(alias: str, **engine_options: Any) -> sa.Engine:
+def engine_of(alias: str, *, answer_timeout: float = ANSWER_TIMEOUT, **engine_options: Any) -> sa.Engine:
     """An engine for the database that Django knows as `alias`, with connections of its own.
 
-    From its entry in DATABASES; options that concern only Django's way of using it are left out. engine_options: for
-    SQLAlchemy's `create_engine`. Raises ConfigurationError for what cannot be carried over, without any value in it.
+    From its entry in DATABASES; options that concern only Django's way of using it are left out. answer_timeout:
+    seconds that a server's answer is waited for, where OPTIONS say nothing else. engine_options: for SQLAlchemy's
+    `create_engine`. Raises ConfigurationError for what cannot be carried over, without any value in it.
     """
     connection = known(alias)
     settings = connection.settings_dict
@@ -105,7 +109,8 @@ def engine_of(alias: str, **engine_options: Any) -> sa.Engine:
     options = {name: value for name, value in (settings.get("OPTIONS") or {}).items() if name not in _DJANGOS[kind]}
     prepare: Callable[[Any], None] | None
     url, arguments, prepare = _CARRIERS[kind](connection, settings, options)
-    engine = sa.create_engine(url, **{"hide_parameters": True, "connect_args": arguments, **engine_options})
+    options = {"hide_parameters": True, "connect_args": arguments, **engine_options}
+    engine = patient_engine(url, answer_timeout, **options)
     if prepare is not None:
         run = prepare
 

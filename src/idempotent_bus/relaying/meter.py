@@ -122,7 +122,8 @@ class Meter:
 
     def last_line(self) -> str:
         """The same at the end, over the whole time. Counts the table once more."""
-        self._backlog = self._relay.backlog()
+        with contextlib.suppress(sa.exc.SQLAlchemyError):  # it has ended as asked, whatever the database says by now
+            self._backlog = self._relay.backlog()
         took = max(time.monotonic() - self._began, 0.001)
         self._rate = self._sent / took
         return f"ended after {took:.1f} s: {self.line()}"

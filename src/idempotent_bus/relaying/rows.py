@@ -233,5 +233,5 @@ def _outbox_row(row: Sequence[Any]) -> OutboxRow:
 
 
 def _shown(error: str) -> str:
-    """What every database takes as text."""
-    return error[:_ERROR_LENGTH].replace("\0", "").encode("utf-8", "replace").decode()
+    """What every database takes as text, whatever its encoding is."""
+    return error[:_ERROR_LENGTH].replace("\0", "").encode("ascii", "backslashreplace").decode()

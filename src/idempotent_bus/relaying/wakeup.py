@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
+from ..watchdog import Watchdog, spare_socket
 from .words import channel, lock_number
 
 __all__ = ["Wakeup"]
@@ -33,16 +34,26 @@ _ASK: Final = 30.0
 class Wakeup:
     """The bed of one relay. `stop` may be called from anywhere, a signal's handler too; all else by one thread.
 
-    engine: the outbox's. Its pool lends one connection for good, which is taken out of it.
+    engine: the outbox's. Its pool lends one connection for good, which is taken out of it. watchdog: looks at that one
+    while it is asked something.
     """
 
-    def __init__(self, engine: sa.Engine, tables: sa.MetaData, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        engine: sa.Engine,
+        tables: sa.MetaData,
+        *,
+        watchdog: Watchdog,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._engine = engine
         self._channel = channel(tables)
         self._lock = lock_number(tables)
         self._clock = clock
         self._listens = engine.dialect.name == "postgresql" and engine.dialect.driver == "psycopg"
+        self._watchdog = watchdog
         self._driver: Any = None
+        self._socket: socket.socket | None = None
         self._next_try = 0.0
         self._last_heard = 0.0
         self._bell, self._ring = socket.socketpair()
@@ -130,9 +141,11 @@ class Wakeup:
                 pooled.detach()
                 self._driver = driver
                 assert driver is not None
-                driver.rollback()
-                driver.autocommit = True
-                driver.execute(f"LISTEN {self._channel}")
+                self._socket = spare_socket(driver)
+                with self._watched():
+                    driver.rollback()
+                    driver.autocommit = True
+                    driver.execute(f"LISTEN {self._channel}")
                 self._last_heard = self._clock()
             except Exception as error:  # noqa: BLE001 - without it there is polling, whatever the reason is
                 log.warning("the outbox is polled only: LISTEN failed (%s)", type(error).__name__)
@@ -142,10 +155,23 @@ class Wakeup:
     @contextlib.contextmanager
     def _giving_up(self) -> Iterator[None]:
         try:
-            yield
+            with self._watched():
+                yield
         except Exception as error:  # noqa: BLE001 - as above
             log.warning("the outbox is polled until LISTEN works again (%s)", type(error).__name__)
             self._drop()
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """For what is asked: a server that says nothing is given up in time."""
+        if self._socket is None:
+            yield
+            return
+        ticket = self._watchdog.start(self._socket)
+        try:
+            yield
+        finally:
+            self._watchdog.stop(ticket)
 
     def _drop(self) -> None:
         self.guarded = False
@@ -153,3 +179,6 @@ class Wakeup:
         if driver is not None:
             with contextlib.suppress(Exception):
                 driver.close()
+        spare, self._socket = self._socket, None
+        if spare is not None:
+            spare.close()

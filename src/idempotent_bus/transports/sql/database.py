@@ -21,9 +21,9 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import QueuePool
 
-from ...dialects import is_read_only
+from ...dialects import NO_LOITERING, is_read_only
 from ...errors import ConfigurationError
-from ...watchdog import Watchdog, limits, watch
+from ...watchdog import patient_engine
 from .tables import CLOCKS, KOMBU_MESSAGE, KOMBU_QUEUE, Tables, create, tables
 
 T = TypeVar("T")
@@ -33,8 +33,6 @@ BUSY_TIMEOUT: Final = 30.0
 #: How long a server's answer is waited for where `answer_timeout` is not set, in seconds. A consumer that waited longer
 #: would have lost its lease.
 ANSWER_TIMEOUT: Final = 60.0
-#: How long a connection is waited for at most, in seconds: PyMySQL's own default.
-_CONNECT_TIMEOUT: Final = 10
 #: Arguments of create_engine() that are taken from the transport options; the others are kombu's or ours.
 _ENGINE_OPTIONS: Final = frozenset(
     {"connect_args", "echo", "echo_pool", "isolation_level", "max_overflow"}
@@ -43,14 +41,6 @@ _ENGINE_OPTIONS: Final = frozenset(
 _LEVELS: Final = frozenset({"OFF", "NORMAL", "FULL", "EXTRA"})
 #: The server rolled the whole transaction back because of another one: repeating it is safe and right.
 _ROLLED_BACK: Final = frozenset({"40001", "40P01", 1213, 1205, 1020})
-
-#: A process that was stopped, or whose machine vanished, inside a transaction must not keep its rows locked. Ours are
-#: over in milliseconds and wait for nothing outside. MySQL has no such setting and reads a comment.
-_NO_LOITERING: Final = {
-    "postgresql": "SET SESSION idle_in_transaction_session_timeout = 30000",
-    "mysql": "SET @idempotent_bus = 1 /*M! , SESSION idle_transaction_timeout = 30 */",
-    "mariadb": "SET @idempotent_bus = 1 /*M! , SESSION idle_transaction_timeout = 30 */",
-}
 
 _LAX: Final = "SET SESSION synchronous_commit = off"
 
@@ -82,7 +72,6 @@ class Database:
         self._answer_timeout = float(options.get("answer_timeout", ANSWER_TIMEOUT))
         if self._answer_timeout <= 0:
             raise ConfigurationError("answer_timeout must be more than 0 seconds")
-        self._watchdog = Watchdog(self._answer_timeout)
         self.engine = self._engine(chosen)
         #: For what need not survive a power cut. PostgreSQL sets that by session, so it takes sessions of its own.
         self._lax = self._engine(chosen, _LAX) if self.dialect == "postgresql" else self.engine
@@ -203,15 +192,9 @@ class Database:
         if not self.is_sqlite:
             # READ COMMITTED: a second publisher of the same id waits for the first one, then sees its mark.
             defaults = {"isolation_level": "READ COMMITTED", "pool_recycle": 1800}
-            limited = limits(self.url.get_dialect().driver, self._answer_timeout)
-            if "connect_timeout" in limited:
-                limited["connect_timeout"] = min(limited["connect_timeout"], _CONNECT_TIMEOUT)
-            given = {"connect_args": {**limited, **options.get("connect_args", {})}}
-            engine = sa.create_engine(self.url, **{**defaults, **options, **given})
-            sa.event.listen(engine, "connect", _prepare_server(_NO_LOITERING[self.dialect], *settings))
+            engine = patient_engine(self.url, self._answer_timeout, **{**defaults, **options})
+            sa.event.listen(engine, "connect", _prepare_server(NO_LOITERING[self.dialect], *settings))
             sa.event.listen(engine, "handle_error", self._note_cut)
-            if self.dialect == "postgresql":
-                watch(engine, lambda: self._watchdog)
             return engine
         arguments = {"check_same_thread": False, **options.get("connect_args", {})}
         if "timeout" not in self.url.query:
@@ -244,7 +227,6 @@ class Database:
 
     def after_fork_in_child(self) -> None:
         self._lock = threading.RLock()
-        self._watchdog = Watchdog(self._answer_timeout)
         self._locked_for_fork = False
         if not self.is_sqlite:
             self.engine.dispose(close=False)

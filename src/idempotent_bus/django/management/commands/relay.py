@@ -16,6 +16,9 @@ from ...databases import engine_of
 
 __all__ = ["Command"]
 
+#: Seconds: to count a large outbox takes a while.
+_ANSWER_TIMEOUT = 600.0
+
 
 class Command(BaseCommand):
     """As `idempotent-bus relay`, with the database and the broker of the settings."""
@@ -49,7 +52,7 @@ class Command(BaseCommand):
             if options[name] is not None
         }
         try:
-            engine = engine_of(options["database"] or settings.database)
+            engine = engine_of(options["database"] or settings.database, answer_timeout=_ANSWER_TIMEOUT)
         except (ConfigurationError, KeyError) as error:
             raise CommandError(str(error).strip("\"'")) from error
         try:
