@@ -24,7 +24,7 @@ import sqlalchemy as sa
 import servers
 from idempotent_bus import dialects, schema
 from idempotent_bus.errors import StoreUnavailable
-from idempotent_bus.model import Busy, Claimed, ClaimRequest, Completed, Hold
+from idempotent_bus.model import Busy, Claimed, ClaimRequest, Completed, Completion, Hold
 from idempotent_bus.stores.sql import SQLStore, open_sql
 from idempotent_bus.watchdog import Watchdog
 from proxy import Proxy, through
@@ -142,7 +142,7 @@ def test_what_was_reported_completed_survives_sigkill(url: str, prefix: str) -> 
 
 FORK = """
     import os, sys
-    from idempotent_bus.model import Busy, Claimed, ClaimRequest, Completed, Hold
+    from idempotent_bus.model import Busy, Claimed, ClaimRequest, Completed, Completion, Hold
     from idempotent_bus.stores.sql import open_sql
     store = open_sql(sys.argv[1], table_prefix=sys.argv[2])
     mine = ClaimRequest(os.urandom(16), os.urandom(16), 60, 3600)
@@ -424,6 +424,22 @@ def test_a_server_that_falls_silent_is_unavailable_in_time(url: str, prefix: str
         assert time.monotonic() - began < 8
         proxy.resume()
         assert store.complete(hold, result=None, retention=60)
+
+
+@over(*DATABASES)
+def test_many_completions_with_long_results(url: str, prefix: str) -> None:
+    """More than a packet of MariaDB's holds (16 MiB): it cut the connection, each time."""
+    with opened(url, prefix) as store:
+        requests = [ask() for _ in range(300)]
+        outcomes = store.claim_many(requests)
+        result = b'"' + b"\\" * 60_000 + b'"'
+        holds = [
+            Hold(request.key, claimed.token, request.nonce)
+            for request, claimed in zip(requests, outcomes, strict=True)
+            if isinstance(claimed, Claimed)
+        ]
+        assert all(store.complete_many([Completion(hold, result, 60) for hold in holds]))
+        assert store.claim(ask(holds[-1].key)) == Completed(result)
 
 
 def claiming(store: SQLStore) -> tuple[threading.Thread, list[StoreUnavailable]]:

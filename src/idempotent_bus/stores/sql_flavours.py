@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -33,6 +33,8 @@ _ROUNDS: Final = 20
 FAR: Final = 2**62
 #: Claims per statement on MariaDB and MySQL, far below any limit of a packet.
 _CHUNK: Final = 200
+#: Bytes of results per statement there: escaped they may be twice as many, and a packet has 16 MiB by default.
+_CHUNK_BYTES: Final = 2 * 1024 * 1024
 
 
 class Unsettled(Exception):
@@ -376,8 +378,7 @@ class MariaDB(Flavour):
         asked = sorted(completions, key=lambda one: one.hold.key)
         work.begin()
         done: set[bytes] = set()
-        for start in range(0, len(asked), _CHUNK):
-            some = asked[start : start + _CHUNK]
+        for some in _chunks(asked):
             numbered: dict[str, Any] = {}
             for number, one in enumerate(some):
                 mine = {**self.hold(one.hold), "result": one.result, "retention": microseconds(one.retention)}
@@ -420,6 +421,21 @@ def choose(dialect: Dialect, tables: sa.MetaData) -> Flavour:
     kinds: dict[str, type[Flavour]] = {"sqlite": SQLite, "postgresql": PostgreSQL}
     kind = kinds.get(dialect.name, MariaDB if schema.has_sequences(dialect) else MySQL)
     return kind(dialect, tables)
+
+
+def _chunks(completions: Sequence[Completion]) -> Iterator[list[Completion]]:
+    """As many of them as fit into one statement."""
+    chunk: list[Completion] = []
+    size = 0
+    for one in completions:
+        more = len(one.result or b"")
+        if chunk and (len(chunk) == _CHUNK or size + more > _CHUNK_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(one)
+        size += more
+    if chunk:
+        yield chunk
 
 
 def _claimed(row: Sequence[Any]) -> Claimed:
