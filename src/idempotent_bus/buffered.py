@@ -61,18 +61,22 @@ class BufferedReads:
         """
         transport, amqp, deliveries = self._transport, self._amqp, self._deliveries
         buffer: bytes = transport._read_buffer
-        at, end = 0, len(buffer)
+        at = 0
         try:
-            while end - at >= 8 and wanted():
+            while len(buffer) - at >= 8 and wanted():
                 if deliveries is not None and (found := deliveries.read(buffer, at)) is not None:
                     at, on_message, message = found
                     on_message(message)
                     continue
                 kind, channel, size = _HEAD.unpack_from(buffer, at)
                 last = at + 7 + size
-                if last >= end or buffer[last] != _FRAME_END:
+                if last >= len(buffer) or buffer[last] != _FRAME_END:
                     break  # what is wrong with it is py-amqp's to say
-                payload, at = buffer[at + 7 : last], last + 1
+                payload = buffer[at + 7 : last]
+                # It may wait for the broker's answer (a channel that was closed), and reads on from there.
+                transport._read_buffer, at = buffer[last + 1 :], 0
                 amqp.on_inbound_frame((kind, channel, payload))
+                buffer = transport._read_buffer
         finally:
-            transport._read_buffer = buffer[at:]
+            if at:
+                transport._read_buffer = buffer[at:]

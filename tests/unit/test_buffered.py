@@ -70,6 +70,24 @@ def test_an_error_while_a_frame_is_taken_loses_only_that_frame() -> None:
         raise AssertionError("the error was swallowed")
 
 
+def test_what_takes_a_frame_may_read_on() -> None:
+    """py-amqp answers a channel's close and waits for the next frame: it finds what lies behind, and nothing again."""
+    reads, taken, transport = reading(frame(1, b"a") + frame(1, b"close") + frame(1, b"b") + frame(1, b"c"))
+    take = reads._amqp.on_inbound_frame
+
+    def read_on(found: Any) -> None:
+        take(found)
+        if found[2] == b"close":
+            size = len(frame(1, b"b"))
+            assert transport._read_buffer[:size] == frame(1, b"b")
+            transport._read_buffer = transport._read_buffer[size:] + frame(1, b"d")
+
+    reads._amqp.on_inbound_frame = read_on
+    reads.take(lambda: True)
+    assert [payload for _, _, payload in taken] == [b"a", b"close", b"c", b"d"]
+    assert transport._read_buffer == b""
+
+
 def test_more_is_read_than_was_asked_for() -> None:
     """The socket is asked for kilobytes at a time, and for more only if one piece is longer."""
     _, _, transport = reading(b"")
