@@ -88,8 +88,10 @@ class Permanent(IdempotentBusError):
 class Transient(IdempotentBusError):
     """Raise this, or a subclass, from a handler when a rerun will help: `retry_after` seconds replace the backoff.
 
-    It counts as an attempt like any other failure.
+    They are 30 days at most, and half of the retention. It counts as an attempt like any other failure.
     """
+
+    retry_after: float | None = None  # for a subclass that does not call this one's __init__
 
     def __init__(self, text: str = "", *, retry_after: float | None = None) -> None:
         super().__init__(text)

@@ -7,13 +7,15 @@ from typing import Final
 
 from .errors import HandlerAcknowledged, Permanent, Transient
 from .model import Reason
-from .policy import LONGEST_SPREAD, Policy
+from .policy import DAY, LONGEST_SPREAD, Policy
 from .work import Ended, Work
 
 __all__ = ["Failing", "Silence"]
 
 #: While the store gives no answer, messages are put off for longer and longer, up to so many seconds.
 _LONGEST_DOUBT: Final = 15.0
+#: A handler may ask for a longer wait (a `Retry-After` that is a date); RabbitMQ has none of more than 49 days.
+_LONGEST_ASKED: Final = 30 * DAY
 
 
 class Failing:
@@ -22,12 +24,14 @@ class Failing:
     draw: gives a random number in [0, 1). wall: seconds since the epoch.
     """
 
-    __slots__ = ("_draw", "_permanent", "_policy", "_wall")
+    __slots__ = ("_draw", "_longest", "_permanent", "_policy", "_wall")
 
     def __init__(self, policy: Policy, draw: Callable[[], float], wall: Callable[[], float]) -> None:
         self._policy = policy
         self._draw = draw
         self._wall = wall
+        # The record, which counts the attempts, must still be there: what is asked for may become twice as long.
+        self._longest = max(policy.longest_wait, min(policy.retention / 2, _LONGEST_ASKED))
         self._permanent: tuple[type[BaseException], ...] = (Permanent, HandlerAcknowledged, *policy.permanent)
 
     def reason(self, error: BaseException, attempt: int) -> Reason | None:
@@ -38,8 +42,9 @@ class Failing:
 
     def delay(self, error: BaseException, attempt: int) -> float:
         """Seconds until it is tried again."""
-        if isinstance(error, Transient) and error.retry_after is not None:
-            return error.retry_after
+        asked = error.retry_after if isinstance(error, Transient) else None
+        if isinstance(asked, (int, float)) and asked >= 0:  # a subclass may have set anything
+            return min(asked, self._longest)
         return self._policy.backoff_for(error).delay(max(attempt, 1), self._draw)
 
     def spread(self, how: Ended, delay: float) -> float:

@@ -10,7 +10,7 @@ import pytest
 from fakes import SCOPE, Bench, Delivery, Killed, Steps, answers, hows
 from sqlalchemy import create_engine
 
-from idempotent_bus import Inbox, idempotent_consumer, transactional_consumer
+from idempotent_bus import Inbox, delays, idempotent_consumer, transactional_consumer
 from idempotent_bus.errors import ConfigurationError, LeaseLost, Permanent, StoreUnavailable, Transient
 from idempotent_bus.events import Event, EventKind, notifier
 from idempotent_bus.execution import LeasedExecution, current_execution
@@ -58,6 +58,40 @@ def test_a_delay_that_is_none_is_refused_where_it_is_written(wrong: float) -> No
     """NaN and negative delays would only fail in the broker, in the middle of a failure."""
     with pytest.raises(ValueError, match="retry_after"):
         Transient(retry_after=wrong)
+
+
+class Http(Transient):
+    """As users write them: without the base's __init__, or with its attribute set later to whatever came."""
+
+    def __init__(self, *retry_after: Any) -> None:
+        if retry_after:
+            self.retry_after = retry_after[0]
+
+
+@pytest.mark.parametrize("asked", [(), ("30",), (float("nan"),), (-1.0,), (None,)], ids=repr)
+def test_a_transient_error_without_a_delay_has_the_backoff(asked: tuple[Any, ...]) -> None:
+    """I12: a subclass that never called the base's __init__ is a failure as any other, and ends no consumer."""
+    bench = Bench()
+
+    def later() -> None:
+        raise Http(*asked)
+
+    assert answer(run(bench, later)) == ("wait", 4.0)
+    assert bench.record().attempts == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("asked", [1_735_689_600, 1e300])
+@pytest.mark.parametrize("retention", [RETENTION, 1e9])
+def test_a_delay_is_never_longer_than_a_broker_can_keep_it(asked: float, retention: float) -> None:
+    """A date where seconds are meant: the record outlives the wait, and RabbitMQ has a queue for it (2**32 ms)."""
+    bench = Bench(retention=retention)
+
+    def later() -> None:
+        raise Transient("come again on that day", retry_after=asked)
+
+    (_, delay) = answer(run(bench, later))
+    assert 2 * delay <= retention
+    assert delays.delay_for(delay) < 2**32
 
 
 class Busy(ConnectionError):
