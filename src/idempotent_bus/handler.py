@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol
@@ -23,6 +24,7 @@ from .errors import (
     InvalidMessage,
     Permanent,
     PublishError,
+    Transient,
     Untrusted,
 )
 from .events import Listener, notifier
@@ -241,7 +243,11 @@ class IdempotentHandler(Generic[P, R]):
 
     def _run(self, body: Any, message: Message, *more: Any) -> R:
         forbid_acks(message)
-        value: R = self._handler(body, message, *more)  # type: ignore[call-arg]  # P is what kombu gives
+        try:
+            value: R = self._handler(body, message, *more)  # type: ignore[call-arg]  # P is what kombu gives
+        except _cancelled() as error:
+            # No Exception, but it is the end of a task in the handler's own event loop, not that of this process.
+            raise Transient("the handler was cancelled") from error
         if value is not None and (inspect.isawaitable(value) or inspect.isgenerator(value)):
             if not isinstance(value, type) and hasattr(value, "close"):
                 value.close()
@@ -265,6 +271,12 @@ class IdempotentHandler(Generic[P, R]):
         except PublishError as error:
             raise ConfigurationError(f"{self.scope}: {why}. This message could not be saved: {error}") from error
         raise ConfigurationError(f"{self.scope}: {why}. This message was moved to {self.dead_letter}.")
+
+
+def _cancelled() -> type[BaseException] | tuple[()]:
+    """asyncio's CancelledError, which nobody can have raised who has not imported it."""
+    asyncio = sys.modules.get("asyncio")
+    return () if asyncio is None else asyncio.CancelledError
 
 
 def _is_open(channel: Any) -> bool:

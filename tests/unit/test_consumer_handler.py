@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 from collections.abc import Iterator
@@ -11,7 +12,16 @@ import pytest
 from kombu import Connection, Consumer, Queue
 from kombu.message import Message
 
-from idempotent_bus import INNER_MSG_ID, ConfigurationError, IdempotentConsumer, InvalidScope, idempotent_consumer
+from idempotent_bus import (
+    INNER_MSG_ID,
+    Backoff,
+    ConfigurationError,
+    Ended,
+    IdempotentConsumer,
+    InvalidScope,
+    current_execution,
+    idempotent_consumer,
+)
 from idempotent_bus.handler import IdempotentHandler
 from idempotent_bus.stores.memory import MemoryStore
 
@@ -160,6 +170,26 @@ def test_a_coroutine_that_comes_back_is_a_failure(deliver: Any) -> None:
         assert message.headers["idempotent-bus-dead-reason"] == "permanent"
         message.ack()
         connection.channel().queue_delete("cards.issue.dead")
+
+
+def test_a_cancelled_task_is_a_failure(unique: str) -> None:
+    """I12: asyncio's CancelledError is no Exception, but it ends the handler's own event loop, and not the consumer."""
+    attempts: list[int] = []
+
+    async def give_up() -> None:
+        raise asyncio.CancelledError
+
+    @guard(scope=unique, max_attempts=2, backoff=Backoff(0.001, 0.001))
+    def handler(body: Any, message: Message) -> None:
+        attempts.append(current_execution().attempt)
+        asyncio.run(give_up())
+
+    connection, queue = Connection("memory://", transport_options={"polling_interval": 0.0}), Queue(unique)
+    connection.Producer().publish({"id": "a"}, routing_key=unique, declare=[queue])
+    made = IdempotentConsumer(connection, {queue: handler})
+    made.run(idle_timeout=0.01)
+    assert attempts == [1, 2]
+    assert made.endings == {Ended.FAILED: 1, Ended.DEAD: 1}
 
 
 @pytest.mark.parametrize(
