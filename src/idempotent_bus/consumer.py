@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 _FIRST_RECONNECT_PAUSE: Final = 0.1
 _LONGEST_RECONNECT_PAUSE: Final = 5.0
+#: AMQP's methods that declare an exchange or a queue, and its answer if there is another one of that name.
+_DECLARING: Final = ((40, 10), (50, 10))
+_PRECONDITION: Final = 406
 
 
 class IdempotentConsumer:
@@ -49,7 +52,8 @@ class IdempotentConsumer:
 
     `run` belongs to one thread; `stop` and `health` may be called from any thread or a signal handler. `endings` counts
     what became of the deliveries (those of a window that an error or `stop` broke off are not counted). Connection
-    errors are ridden out: reconnecting, with a pause of at most 5 seconds.
+    errors are ridden out: reconnecting, with a pause of at most 5 seconds. So is, once it has consumed, what the broker
+    refuses or takes back: a channel that RabbitMQ closed, a node or a permission that is missing for a while.
 
     An execution that is still open (`manual=True`) when `run` ends is left as it is: its message goes back to the
     broker unacked, and its claim is neither completed nor released. If it is completed while this process lives, that
@@ -94,6 +98,7 @@ class IdempotentConsumer:
         self._stopping = Stopping(stop_timeout)
         self._is_running = False
         self._session: Session | None = None
+        self._has_consumed = False
         self._pool: Pool | None = None
         self._looped_at: float | None = None
         self._said_retention = False
@@ -150,6 +155,7 @@ class IdempotentConsumer:
         before = self.endings.total()
         pause = _FIRST_RECONNECT_PAUSE
         self.left_behind = 0
+        self._has_consumed = False
         pool = self._pool = Pool(self._threads) if self._threads else None
         self._is_running = True
         try:
@@ -164,11 +170,9 @@ class IdempotentConsumer:
                     break
                 except Stopped:
                     break
-                except (
-                    OSError,
-                    *connection.recoverable_connection_errors,
-                    *connection.recoverable_channel_errors,
-                ) as error:
+                except Exception as error:
+                    if not self._may_pass(connection, error):
+                        raise
                     if time.monotonic() - started > 2 * _LONGEST_RECONNECT_PAUSE:
                         pause = _FIRST_RECONNECT_PAUSE  # it had gone well for a while
                     log.warning("consumer lost its connection (%s), reconnecting", type(error).__name__)
@@ -187,8 +191,24 @@ class IdempotentConsumer:
             self._stopping.reset()
         return self.endings.total() - before
 
+    def _may_pass(self, connection: Connection, error: Exception) -> bool:
+        """True if reconnecting may help.
+
+        What the broker refuses at the start is for whoever set it up to mend. Once this has consumed it is trouble that
+        passes: a message was held for longer than RabbitMQ's consumer_timeout, a queue's node is down. Only a queue
+        that was declared otherwise meanwhile stays so.
+        """
+        if isinstance(
+            error, (OSError, *connection.recoverable_connection_errors, *connection.recoverable_channel_errors)
+        ):
+            return True
+        if not isinstance(error, (*connection.connection_errors, *connection.channel_errors)):
+            return False
+        refused, code = getattr(error, "method_sig", None), getattr(error, "reply_code", None)
+        return self._has_consumed and not (refused in _DECLARING and code == _PRECONDITION)
+
     def _consume(self, connection: Connection, idle_timeout: float | None) -> None:
-        self._session = Session(
+        session = self._session = Session(
             connection,
             self._handlers,
             prefetch=self._prefetch,
@@ -200,8 +220,9 @@ class IdempotentConsumer:
             looped=self._note_loop,
         )
         try:
-            self._session.run(idle_timeout)
+            session.run(idle_timeout)
         finally:
+            self._has_consumed = self._has_consumed or session.is_running
             self._session = None
 
     def _await_handlers(self, pool: Pool) -> None:

@@ -41,7 +41,9 @@ log = logging.getLogger(__name__)
 
 #: How long it waits for a message at most. Where the transport polls, nothing ends that wait, not even `stop`.
 _LONGEST_WAIT: Final = 1.0
-#: How long the broker may take to answer the goodbye of a consumer that stops.
+#: How long the broker may take to answer while the consuming begins: it may have quorum queues to make.
+_GREETING_SECONDS: Final = 60.0
+#: And how long it may take to answer a goodbye, also where it has fallen silent.
 _GOODBYE_SECONDS: Final = 5.0
 #: How much the prefetch may grow, where nothing but holding them makes messages wait, so that they block nobody.
 _MOST_PARKED: Final = 10
@@ -119,18 +121,20 @@ class Session:
             self._home.close()
             self._acks = None  # what it held goes with the channel
             self._bell.close()
+            self._limit_answers(_GOODBYE_SECONDS)
         self.channel.close()  # what is here and not settled goes back to the broker
 
     def _consume(self, idle_timeout: float | None) -> None:
+        self._limit_answers(_GREETING_SECONDS)
         channel = self.channel = self._connection.channel()
         self._on_channel(channel)
         try:
             consumers = self._open_consumers()
+            self._limit_answers(None)
             self.is_running = True
             with contextlib.suppress(Stopped):
                 self._loop(Arrivals(self._connection, self._bell, channel, consumers), idle_timeout)
-            if self._sock is not None:
-                self._sock.settimeout(_GOODBYE_SECONDS)
+            self._limit_answers(_GOODBYE_SECONDS)
             for consumer in consumers:
                 consumer.cancel()
             self._finish()
@@ -138,6 +142,12 @@ class Session:
             if self._connection.transport.driver_type == "memory":
                 # kombu's memory transport forgets what is unacked when its channel closes.
                 channel.basic_recover(requeue=True)
+
+    def _limit_answers(self, seconds: float | None) -> None:
+        """From now on what waits for RabbitMQ's answer waits for so long at most: py-amqp would wait for ever."""
+        if self._sock is not None:
+            with contextlib.suppress(OSError):  # closed already
+                self._sock.settimeout(seconds)
 
     def _open_consumers(self) -> list[Consumer]:
         channel = self.channel

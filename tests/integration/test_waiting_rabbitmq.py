@@ -137,6 +137,7 @@ def running(*consumers: IdempotentConsumer) -> Iterator[None]:
         thread.start()
     try:
         yield
+        assert all(thread.is_alive() for thread in threads), "run ended"
     finally:
         for consumer in consumers:
             consumer.stop()
