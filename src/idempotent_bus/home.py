@@ -123,10 +123,11 @@ class HandedOver:
 
     is_live: asked at home before what another thread wanted is done; False: the message's channel is closed, so it is
     not. on_settled: called at home with this object once the message was acked, put off or moved. patience: seconds
-    that `dead_letter` waits for the home thread, if nothing else tells that this one will never come.
+    that `dead_letter` waits for the home thread, if nothing else tells that this one will never come. tag: by which the
+    broker knows the delivery.
     """
 
-    __slots__ = ("_home", "_is_live", "_on_settled", "_patience", "_settle")
+    __slots__ = ("_home", "_is_live", "_on_settled", "_patience", "_settle", "tag")
 
     def __init__(
         self,
@@ -136,7 +137,9 @@ class HandedOver:
         is_live: Callable[[], bool] | None = None,
         on_settled: Callable[[HandedOver], None] | None = None,
         patience: float | None = None,
+        tag: Any = None,
     ) -> None:
+        self.tag = tag
         self._settle = settle
         self._home = home
         self._is_live = is_live

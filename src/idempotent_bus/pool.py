@@ -26,7 +26,7 @@ class Pool:
     """
 
     def __init__(self, size: int) -> None:
-        self._size = size
+        self.size = size
         self._waiting: deque[Callable[[], None]] = deque()
         self._running: dict[int, float] = {}
         self._idle = 0
@@ -43,7 +43,7 @@ class Pool:
             self._waiting.append(task)
             if self._idle >= len(self._waiting):
                 self._changed.notify()
-            elif self._threads < self._size:
+            elif self._threads < self.size:
                 thread = threading.Thread(target=self._work, name=f"idempotent-bus-{next(_numbers)}", daemon=True)
                 try:
                     thread.start()
@@ -69,10 +69,18 @@ class Pool:
         begun = min(list(self._running.values()), default=None)
         return 0.0 if begun is None else time.monotonic() - begun
 
-    def clear(self) -> None:
-        """Forget the tasks that have not begun."""
+    @property
+    def newest(self) -> float:
+        """How many seconds ago the task began that has been running for the shortest time; 0 if none is."""
+        begun = max(list(self._running.values()), default=None)
+        return 0.0 if begun is None else time.monotonic() - begun
+
+    def clear(self) -> list[Callable[[], None]]:
+        """Forget the tasks that have not begun, and return them."""
         with self._changed:
+            tasks = list(self._waiting)
             self._waiting.clear()
+        return tasks
 
     def close(self) -> None:
         """Forget what has not begun, and let the threads end after what they are doing. Waits for nothing."""

@@ -17,12 +17,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from kombu import Connection, Consumer, Queue
 from kombu.message import Message
 
-from . import delays
+from . import delays, standstill
 from .acks import BulkAcks
 from .arrivals import ANSWER_SECONDS, Arrivals
 from .bell import Bell
@@ -32,6 +32,7 @@ from .inflating import limit_inflation
 from .pace import Pace
 from .parking import Parked
 from .pool import Pool
+from .standstill import Standstill
 from .stopping import Stopped, Stopping, UntilStopped
 from .work import Ended, Work
 
@@ -94,6 +95,8 @@ class Session:
         self.store_down_since: float | None = None
         self.parked: Parked[_Arrived] = Parked()
         self._arrived: list[_Arrived] = []
+        self._window: UntilStopped | None = None
+        self._is_narrow = False
         self._pace = Pace(prefetch)
         self._acks: BulkAcks | None = None
         self._is_amqp = connection.transport.driver_type == "amqp"
@@ -132,7 +135,7 @@ class Session:
             consumers = self._open_consumers()
             self._limit_answers(None)
             self.is_running = True
-            with contextlib.suppress(Stopped):
+            with contextlib.suppress(Stopped), self._watching():
                 self._loop(Arrivals(self._connection, self._bell, channel, consumers), idle_timeout)
             self._limit_answers(_GOODBYE_SECONDS)
             for consumer in consumers:
@@ -207,6 +210,8 @@ class Session:
             self._answer()
             now = time.monotonic()
             self._wake_parked(now)
+            if pool is not None:
+                self._relieve(pool)
             if self._arrived:
                 self._handle_arrived()
                 quiet_since = time.monotonic()
@@ -258,14 +263,16 @@ class Session:
                 self._handle_window(handler, entries[begin : begin + window])
 
     def _handle_window(self, handler: IdempotentHandler, entries: Sequence[_Arrived]) -> None:
+        self._window = None
         started = self.handling_since = time.monotonic()
         works = [work for entry in entries if (work := self.work(entry)) is not None]
         if not works:
             self.handling_since = None
             self._flush_acks()
             return
+        window = self._window = UntilStopped(works, self._stopping)
         try:
-            endings = handler.executor.handle_window(UntilStopped(works, self._stopping))
+            endings = handler.executor.handle_window(window)
         except Stopped:
             self._flush_acks()
             raise
@@ -290,7 +297,7 @@ class Session:
         if work is None:
             self._endings[Ended.DEAD] += 1
             return None
-        work.settle = handed = HandedOver(settle, self._home, on_settled=self.on_hand.discard)
+        work.settle = handed = HandedOver(settle, self._home, on_settled=self.on_hand.discard, tag=message.delivery_tag)
         self.on_hand.add(handed)
         return work
 
@@ -301,6 +308,35 @@ class Session:
                 self.store_down_since = time.time()
         elif how is not Ended.DEAD and how is not Ended.HELD:  # for those it may not have been asked
             self.store_down_since = None
+
+    # --- what cannot begin, because handlers do not return: see `standstill.py` ----------------------
+
+    def _watching(self) -> contextlib.AbstractContextManager[None]:
+        if self._pool is None and hasattr(self.channel, "give_up"):
+            return Standstill(self._doing, self._give_up_the_rest)
+        return contextlib.nullcontext()
+
+    def _doing(self) -> object:
+        since, window = self.handling_since, self._window
+        return since if since is None or window is None else window.current or window
+
+    def _give_up_the_rest(self) -> None:
+        window = self._window
+        current = None if window is None else window.current
+        self.channel.give_up(() if current is None else (_tag_of(current),))
+
+    def _relieve(self, pool: Pool) -> None:
+        """While all threads have been busy for long, nothing waits here for them."""
+        if self._is_narrow:
+            if pool.running < pool.size:
+                self._is_narrow = False
+                self.channel.basic_qos(0, self._prefetch, False)
+        elif pool.waiting and pool.newest >= standstill.PATIENCE and hasattr(self.channel, "give_up"):
+            for task in pool.clear():
+                self.on_hand.discard(cast("functools.partial[None]", task).args[1].settle)
+            self._is_narrow = True
+            self.channel.basic_qos(0, max(1, len(self.on_hand)), False)
+            self.channel.give_up([handed.tag for handed in self.on_hand])
 
     # --- in a thread of the pool ----------------------------------------------------------------------
 
@@ -341,6 +377,10 @@ class Session:
         if not self._is_amqp:  # there the delay queue holds them
             room = min(len(self.parked), _MOST_PARKED * self._prefetch)
             self.channel.basic_qos(0, self._prefetch + room, False)
+
+
+def _tag_of(work: Work) -> Any:
+    return work.settle.tag if isinstance(work.settle, HandedOver) else None
 
 
 def _raise(error: BaseException) -> None:

@@ -62,6 +62,8 @@ class UntilStopped(Sequence[Work]):
     """
 
     def __init__(self, works: Sequence[Work], stopping: Stopping) -> None:
+        #: The one that was begun last.
+        self.current: Work | None = None
         self._works = works
         self._check = stopping.check
 
@@ -78,4 +80,5 @@ class UntilStopped(Sequence[Work]):
     def __iter__(self) -> Iterator[Work]:
         for work in self._works:
             self._check()
+            self.current = work
             yield work

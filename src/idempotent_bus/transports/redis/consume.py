@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from kombu.log import get_logger
@@ -159,6 +159,20 @@ class ConsumingChannel(PublishingChannel):
         self._settled(
             self.call([self.giveback_command(queue, self.owner, "some", how=how, head=True, numbers=numbers)])[0]
         )
+
+    def give_up(self, keep: Collection[str]) -> None:
+        """Give all that is held back, but for these tags, as if it had never been. Any thread.
+
+        For a consumer that stands still. What it has in hand is not its own any more, and must be safe to run twice.
+        """
+        places = [(tag, place) for tag, place in list(self.qos.places.items()) if tag not in keep]
+        numbers: dict[str, list[int]] = {}
+        for _, (queue, number) in places:
+            numbers.setdefault(queue, []).append(number)
+        for queue, mine in numbers.items():
+            self.give_back_all(queue, mine, how=0)
+        for tag, _ in places:
+            self.qos.settle(tag)
 
     def put_back(self) -> None:
         """Give all that was handed out and not settled back, as if it had never been: in its place, not counted."""

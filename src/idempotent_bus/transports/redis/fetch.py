@@ -127,19 +127,22 @@ class Line:
         channel = self._channel
         while self.buffer:
             queue, number, text = self.buffer.popleft()
+            tag = f"{channel.owner}.{number}"
+            if tag not in channel.qos.places:
+                continue  # it was given up
             callback = channel.callbacks.get(queue)
             if callback is None:
                 channel.give_back_all(queue, [number], how=0)
-                channel.qos.places.pop(f"{channel.owner}.{number}", None)
+                channel.qos.places.pop(tag, None)
                 continue
             try:
                 payload = message_of(text)
             except NO_MESSAGE:
                 logger.error("a message on queue %r is not one of kombu's; it is in the dead list", queue)
                 channel.bury(queue, number, "undecodable")
-                channel.qos.places.pop(f"{channel.owner}.{number}", None)
+                channel.qos.places.pop(tag, None)
                 continue
-            payload["properties"]["delivery_tag"] = f"{channel.owner}.{number}"
+            payload["properties"]["delivery_tag"] = tag
             callback(payload)
             return True
         return False

@@ -28,7 +28,7 @@ import sqlite3
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing.util import Finalize
 from queue import Empty
 from typing import Any, Final
@@ -125,6 +125,7 @@ class Channel(kombu_sqla.Channel):
         self._in_doubt = False
         self._cuts = self._database.cuts
         self._buffers: dict[str, deque[Delivery]] = {}
+        self._given_up: set[str] = set()
         self._no_ack: set[str] = set()
         self._empty_at: dict[str, object] = {}
         self._batch, self._taken_at = 1, 0.0
@@ -192,6 +193,18 @@ class Channel(kombu_sqla.Channel):
         """
         return bool(self.qos.delay(delivery_tag, delay))
 
+    def give_up(self, keep: Collection[str]) -> None:
+        """Give all that is held back, but for these tags, as if it had never been. Any thread.
+
+        For a consumer that stands still. What it has in hand is not its own any more, and must be safe to run twice.
+        """
+        buffered = {tag for buffer in list(self._buffers.values()) for tag, _ in list(buffer)}
+        delivered = [tag for tag in self.qos.unsettled() if tag not in keep]
+        self._restorer.give_back([*buffered, *delivered], keep_place=True, counted=False)
+        self._given_up = buffered
+        for tag in delivered:
+            self.qos._quick_ack(tag)
+
     def put_back(self) -> None:
         """Give all that was handed out and not settled back, as if it had never been: in its place, not counted."""
         self._restorer.give_back(self.qos.unsettled(), keep_place=True, counted=False)
@@ -204,8 +217,10 @@ class Channel(kombu_sqla.Channel):
         self._check_process()
         self._check_lease()
         buffer = self._buffers.get(queue)
-        if buffer:
-            return buffer.popleft()[1]
+        while buffer:
+            tag, message = buffer.popleft()
+            if tag not in self._given_up:
+                return message
         self._restorer.now_and_then()
         if self._cuts != self._database.cuts:
             # A message whose ack the server forgot would stay this owner's, unknown here, for as long as it lives.
