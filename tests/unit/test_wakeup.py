@@ -9,12 +9,13 @@ import pytest
 import sqlalchemy as sa
 
 from idempotent_bus.relaying.wakeup import Wakeup
+from idempotent_bus.watchdog import Watchdog
 
 
 def test_it_sleeps_and_is_woken_however_many_files_are_open() -> None:
     """Its bell may have a number that `select` does not know, from 1,024 on: no error ends the relay."""
     fcntl = pytest.importorskip("fcntl")
-    wakeup = Wakeup(sa.create_engine("sqlite://"), sa.MetaData(info={"prefix": ""}))
+    wakeup = Wakeup(sa.create_engine("sqlite://"), sa.MetaData(info={"prefix": ""}), watchdog=Watchdog(1.0))
     try:
         number = fcntl.fcntl(wakeup._bell, fcntl.F_DUPFD, 1024)
     except OSError:
