@@ -109,7 +109,9 @@ def watch(engine: Engine, watchdog: Callable[[], Watchdog]) -> None:
 
     def watched(ask: Callable[..., None]) -> Callable[..., None]:
         def asked(whom: Any, *arguments: Any) -> None:
-            spare = spares.get(id(getattr(whom, "connection", whom)))  # of a cursor, or the connection itself
+            # The pool's proxy of a connection, at its end the connection itself; or a cursor.
+            connection = getattr(whom, "dbapi_connection", None) or getattr(whom, "connection", whom)
+            spare = spares.get(id(connection))
             if spare is None:  # it is being set up
                 ask(whom, *arguments)
                 return
