@@ -36,6 +36,8 @@ _ROWS: Final[list[tuple[str, Any]]] = [
 ]
 
 _REST: Final = """\
+A single RabbitMQ node that is killed may damage a quorum queue (2 of 82 restarts here, one of them declared a moment
+before), and what waits behind it stays there: declare queues before there is trouble, and run more than one node.
 Conditional: kombu's own `redis://` and `sqla+...` (they may lose a message; what arrives is handled once); `memory://`
 (one process); Kafka, Pub/Sub, Azure Service Bus and SQS (tested on stand-ins, not soaked). Refused, at the first use or
 before: Redis with an evicting `maxmemory-policy`, MariaDB and MySQL tables that are not InnoDB, SQLite in memory as a
@@ -61,6 +63,9 @@ def _entry(found: Gathered, cell: Cell) -> str:
         return f"conditional: replication is asynchronous; {times} failovers made {doubles} run again, and lost none"
     if any(one["verdict"] == "conditional" for one in mine):
         return f"conditional ({messages:,} messages)"
+    behind = found.total("lost", [one for one in mine if one["verdict"].startswith("RABBITMQ DAMAGED")])
+    if behind:
+        return f"proven ({messages:,}, {kills:,}), but for {behind} behind a quorum queue that RabbitMQ 3.10.8 damaged"
     return f"proven ({messages:,}, {kills:,})"
 
 

@@ -54,7 +54,7 @@ class Gathered:
 
     @property
     def broken(self) -> list[dict[str, Any]]:
-        return [one for one in self.cells if one["verdict"].startswith("BROKEN")]
+        return [one for one in self.cells if one["verdict"].startswith(("BROKEN", "RABBITMQ DAMAGED"))]
 
 
 def _read(path: Path) -> Gathered:

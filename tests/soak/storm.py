@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import select
 import signal
 import subprocess
@@ -481,6 +482,10 @@ forgets=cell.failover, left=left,
             "failovers": self.counts["failovers"], "faults": dict(sorted(self.faults.items())),
             "lives": len(self.lives), "wrong_clocks": self.skewed, **found, "seconds": round(seconds, 1),
         }  # fmt: skip
+        log = self.broker_server.log.read_text(errors="replace") if cell.broker == "rabbitmq" else ""
+        hurt = damaged_queues(log, self.unique)
+        report["damaged_queues"] = len(hurt)
+        report["wrong"] += [f"by RabbitMQ's own log this queue was damaged: {name}" for name in hurt]
         if cell.control:
             report["damage"] = damaged(cell.control, report)
             report["verdict"] = "damage, as expected" if report["damage"] else "VOID: no damage"
@@ -529,13 +534,28 @@ forgets=cell.failover, left=left,
 
 
 def verdict(cell: Cell, report: dict[str, Any]) -> str:
-    """`held`, `conditional` (a failover made something run again), or what is broken."""
+    """`held`, `conditional` (a failover made something run again), or what is broken; if it is the broker, that."""
     broken = [name for name in ("lost", "acked_early", "unexpected", "superseded", "unexcused") if report[name]]
     if cell.mode == "inbox" and report["doubled"]:
         broken.append("doubled")
     if cell.failover and set(broken) <= {"superseded", "unexcused"}:
         return "conditional" if broken or report["doubled_by"].get("forgotten") else "held"
+    if broken and set(broken) <= {"lost", "unexpected"} and report["damaged_queues"]:
+        return f"RABBITMQ DAMAGED: {', '.join(broken)}"
     return f"BROKEN: {', '.join(broken)}" if broken else "held"
+
+
+def damaged_queues(log: str, prefix: str) -> list[str]:
+    """Quorum queues of one cell that do not work since RabbitMQ was killed, by its own log.
+
+    Seen with 3.10.8: the process of a queue crashes over messages that its log does not have any more; a queue that was
+    declared just before the kill finds no leader again. The delay queues are shared: what waits for others stops too.
+    """
+    crashed = set(re.findall(rf"\*\* State machine '%2F_({prefix}[^']*)' terminating", log))
+    _, started, since = log.rpartition("Starting RabbitMQ ")
+    led = rf"queue '({prefix}[^']*)' in vhost '/': candidate -> leader"
+    leaderless = set(re.findall(rf"'%2F_({prefix}[^']*)'.*leader not known", since)) - set(re.findall(led, since))
+    return sorted(crashed | (leaderless if started else set()))
 
 
 def _through(proxy: Proxy, url: str) -> str:

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from .cells import CELLS
 from .checker import Life, check
+from .storm import damaged_queues, verdict
 
 ATTEMPT, AGAIN = "attempt m1 k 1 r1 1 0.0", "attempt m1 k 2 r2 2 5.0"
 DONE, DONE_AGAIN = "completed k 1 1 0.1", "completed k 2 2 5.1"
@@ -87,3 +89,37 @@ def test_what_must_not_be_is_told(
     found = look(lines, effects, **options)
     assert found[broken] == 1
     assert any(text.startswith(broken.replace("_", " ")) for text in found["wrong"])
+
+
+@pytest.mark.parametrize(
+    ("found", "damaged", "told"),
+    [
+        ({}, 0, "held"),
+        ({}, 1, "held"),
+        ({"lost": 8, "unexpected": 1}, 0, "BROKEN: lost, unexpected"),
+        ({"lost": 8, "unexpected": 1}, 1, "RABBITMQ DAMAGED: lost, unexpected"),
+        ({"lost": 8, "unexcused": 1}, 1, "BROKEN: lost, unexcused"),
+        ({"acked_early": 1}, 1, "BROKEN: acked_early"),
+    ],
+)
+def test_a_damaged_queue_excuses_no_more_than_what_does_not_come(
+    found: dict[str, int], damaged: int, told: str
+) -> None:
+    """By RabbitMQ's own log a queue is damaged: what does not come is RabbitMQ's, a double or an early ack is not."""
+    nothing = dict.fromkeys(("lost", "acked_early", "unexpected", "superseded", "unexcused", "doubled"), 0)
+    cell = next(cell for cell in CELLS if cell.name == "store:redis+rabbitmq")
+    assert verdict(cell, {**nothing, **found, "damaged_queues": damaged}) == told
+
+
+LED = "[notice] queue 'k1.{}' in vhost '/': candidate -> leader in term: 2 machine version: 2"
+UNLED = "[info] {{'%2F_k1.{}','node@localhost'}}: leader call - leader not known. Command will be forwarded once"
+STARTED = "[info] Starting RabbitMQ 3.10.8 on Erlang"
+
+
+def test_a_log_tells_which_queues_are_damaged() -> None:
+    """A crashed process, and a queue without a leader since the last start; not one that had to wait for its leader."""
+    log = [STARTED, LED.format("a"), LED.format("b"), STARTED, UNLED.format("a"), UNLED.format("b"), LED.format("a")]
+    assert damaged_queues("\n".join(log), "k1") == ["k1.b"]
+    assert damaged_queues("\n".join([*log, STARTED, LED.format("b")]), "k1") == []
+    assert damaged_queues("[error] ** State machine '%2F_k1.c' terminating", "k1") == ["k1.c"]
+    assert damaged_queues("\n".join(log), "k2") == []
