@@ -1,6 +1,8 @@
 """A guarded consumer against kombu's plain one, and against other guards, on RabbitMQ and on Redis.
 
-    python tests/benchmarks/bench_consumer.py [--broker redis] [--store postgresql] [--messages 10000]
+    python tests/benchmarks/bench_consumer.py [--broker redis] [--store postgresql] [--messages 10000] [--report]
+
+With `--report` the table goes into `reports/consumer.md`, and is drawn.
 
 200-byte JSON messages, a handler that does nothing, manual acks, prefetch 100. Each round drains the same number of
 messages in each way, in rotated order; the table shows medians, least and most, and the medians of the ratios to that
@@ -34,6 +36,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import charts
 from kombu import Connection, Consumer, Queue
 from redis import Redis
 
@@ -188,6 +191,7 @@ def main() -> None:
     parser.add_argument("--messages", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", default="plain,set nx,two pings,tuned,singly,in turn,window")
+    parser.add_argument("--report", action="store_true", help="put the table into reports/consumer.md, and draw it")
     options = parser.parse_args()
     bench = Bench(options.broker, options.store)
     names = options.ways.split(",")
@@ -212,14 +216,18 @@ def main() -> None:
     for key in bench.redis.scan_iter("*-pay", count=1000):
         bench.redis.delete(key)
     print(f"{options.broker}, store {options.store}, {options.messages:,} messages, {options.rounds} rounds\n")
-    print("| way | messages/s | least to most | ratio to plain | least to most | CPU us a message |")
-    print("|---|---:|---|---:|---|---:|")
+    table = ["| way | messages/s | least to most | ratio to plain | least to most | CPU us a message |"]
+    table.append("|---|---:|---|---:|---|---:|")
     for name in names:
         each = [a / b for a, b in zip(rates[name], rates[names[0]], strict=True)]
-        print(
+        table.append(
             f"| {name} | {statistics.median(rates[name]):,.0f} | {min(rates[name]):,.0f} to {max(rates[name]):,.0f} | "
             f"{statistics.median(each):.2f} | {min(each):.2f} to {max(each):.2f} | {statistics.median(cpu[name]):.0f} |"
         )
+    print("\n".join(table))
+    if options.report:
+        heading = "## RabbitMQ, " if options.broker == "rabbitmq" else "## `idempotent-redis` and"
+        charts.put_table("consumer", heading, "\n".join(table))
 
 
 if __name__ == "__main__":

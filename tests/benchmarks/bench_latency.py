@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import amqp
+import charts
 from bench_consumer import PREFETCH, Bench
 from facts import LoadWatch, facts, spread
 from kombu import Connection, Consumer, Queue
@@ -216,6 +217,8 @@ def main() -> int:
 `python tests/benchmarks/bench_latency.py --messages {options.messages} --rounds {options.rounds} --store \
 {options.store}`
 
+![ratios, with their spread](latency.svg)
+
 {chr(10).join(lines)}
 
 {options.messages:,} messages of 200 bytes a round and side, published by another process at half of the rate that the
@@ -227,6 +230,8 @@ same side drained a full queue with just before; no-op handler, prefetch {PREFET
 """
     print(text)
     options.report.write_text(text, "utf-8")
+    if options.report == REPORT:
+        charts.write("latency")
     return 0 if judged <= options.bound else 1
 
 

@@ -35,6 +35,10 @@ from typing import Any
 
 import redis
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import charts
+
 from idempotent_bus.executor import Executor
 from idempotent_bus.identity import extract_biz_id, fingerprint, record_key
 from idempotent_bus.model import Claimed, ClaimRequest, Completed, Completion, Hold
@@ -415,6 +419,8 @@ def main() -> int:
 `python tests/benchmarks/bench_redis_store.py --rounds {options.rounds} --calls {options.calls} --plan {options.plan} \
 --turns {options.turns:g}`
 
+![ratios, with their spread](redis_store.svg)
+
 {speed_table(figures)}
 
 A no-op function, one client, one connection each, 200-byte JSON; medians of {options.rounds} rounds of \
@@ -446,6 +452,8 @@ the ratios are of use.
 """
     print(text)
     options.report.write_text(text, "utf-8")
+    if options.report == REPORT:
+        charts.write("redis_store")
     return 0 if all(held for *_, held in judged) else 1
 
 
