@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final
+from weakref import WeakSet
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
@@ -57,12 +58,7 @@ def patient_engine(url: sa.URL, timeout: float, **options: Any) -> Engine:
     ours = {name: value for name, value in ours.items() if name not in url.query}
     engine = sa.create_engine(url, **{**options, "connect_args": {**ours, **options.get("connect_args", {})}})
     if engine.dialect.name == "postgresql":
-        dogs: dict[int, Watchdog] = {}  # by process: a fork does not inherit the thread
-
-        def watchdog() -> Watchdog:
-            return dogs.get(os.getpid()) or dogs.setdefault(os.getpid(), Watchdog(timeout))
-
-        watch(engine, watchdog)
+        watch(engine, Watchdog(timeout))
     return engine
 
 
@@ -80,7 +76,7 @@ def spare_socket(connection: Any) -> socket.socket | None:
     return socket.socket(fileno=os.dup(source.fileno()))
 
 
-def watch(engine: Engine, watchdog: Callable[[], Watchdog]) -> None:
+def watch(engine: Engine, watchdog: Watchdog) -> None:
     """Let a watchdog look at the connections of an engine of ours to PostgreSQL, each by its SOCKET.
 
     At every statement, commit and rollback, and while a connection is set up: connect_timeout ends with the greeting,
@@ -93,11 +89,11 @@ def watch(engine: Engine, watchdog: Callable[[], Watchdog]) -> None:
         spare = spare_socket(connection)
         if spare is not None:
             entry.info[SOCKET] = spare
-            watchdog().start(spare)  # as a whole: until it is set up
+            watchdog.start(spare)  # as a whole: until it is set up
         return connection
 
     def ready(connection: Any, entry: ConnectionPoolEntry) -> None:
-        watchdog().stop(threading.get_ident())
+        watchdog.stop(threading.get_ident())
         if SOCKET in entry.info:
             spares[id(connection)] = entry.info[SOCKET]
 
@@ -115,20 +111,18 @@ def watch(engine: Engine, watchdog: Callable[[], Watchdog]) -> None:
             if spare is None:  # it is being set up
                 ask(whom, *arguments)
                 return
-            dog = watchdog()
-            ticket = dog.start(spare)
+            ticket = watchdog.start(spare)
             try:
                 ask(whom, *arguments)
             finally:
-                dog.stop(ticket)
+                watchdog.stop(ticket)
 
         return asked
 
     sa.event.listen(engine, "do_connect", connect)
     sa.event.listen(engine, "connect", ready)
     sa.event.listen(engine, "close", closed)
-    # Not by SQLAlchemy's events, which cost 20 us a statement, and none of which comes behind a COMMIT or a ROLLBACK.
-    # The dialect is this engine's own.
+    # By the dialect's calls, since no event of SQLAlchemy comes behind a COMMIT or a ROLLBACK. It is this engine's own.
     dialect: Any = engine.dialect
     for name in ("do_execute", "do_execute_no_params", "do_executemany", "do_commit", "do_rollback"):
         setattr(dialect, name, watched(getattr(dialect, name)))
@@ -137,11 +131,16 @@ def watch(engine: Engine, watchdog: Callable[[], Watchdog]) -> None:
 class Watchdog:
     """Cuts connections whose server does not answer: libpq waits for ever for a server that is alive but frozen.
 
-    limit: seconds that an answer may take. One thread, started at the first use, asleep while nothing is under way.
+    limit: seconds that an answer may take. One thread for each process, started at the first use, asleep while nothing
+    is under way.
     """
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
+        self._reset()
+        _watchdogs.add(self)
+
+    def _reset(self) -> None:
         self._busy: dict[int, tuple[float, socket.socket]] = {}
         self._wake = threading.Event()
         self._lock = threading.Lock()
@@ -195,3 +194,16 @@ class Watchdog:
                     continue
                 self._wake.set()
             time.sleep(min(0.25, self._limit / 4))
+
+
+#: All of this process. A forked child has them, but not their thread, and another one may have held the lock.
+_watchdogs: WeakSet[Watchdog] = WeakSet()
+
+
+def _reset_all() -> None:
+    for watchdog in list(_watchdogs):
+        watchdog._reset()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_all)

@@ -124,9 +124,10 @@ class SQLStore:
         self._errors = (engine.dialect.loaded_dbapi.Error, sa.exc.SQLAlchemyError, OSError, Unsettled)
         self._flavour: Flavour | None = None
         self._failure: tuple[float, Exception] | None = None
+        self._watchdog = Watchdog(timeout + 1)
         self._after_fork()
         if _own and dialect.name == "postgresql":
-            watch(engine, lambda: self._watchdog)
+            watch(engine, self._watchdog)
         _stores.add(self)
 
     # --- the verbs -----------------------------------------------------------------------------------
@@ -325,9 +326,8 @@ class SQLStore:
             raise
 
     def _after_fork(self) -> None:
-        """What must not be shared with a parent: a lock that one of its threads may hold, and its threads."""
+        """What must not be shared with a parent: a lock that one of its threads may hold."""
         self._lock = threading.Lock()
-        self._watchdog = Watchdog(self._timeout + 1)
 
     def _forked(self) -> None:
         # Closing an inherited connection would end the parent's session (or, for SQLite, clean up its log): they are
